@@ -1,0 +1,1 @@
+"""Pure rules: standard library, pydantic, jinja2 and yaml only."""

@@ -1,0 +1,42 @@
+"""States of a Run and the moves between them; Merges and Chats use the same words."""
+
+from enum import StrEnum
+
+
+class RunState(StrEnum):
+    """Where a Run, a Merge or a Chat stands in its life."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    STOPPING = "STOPPING"
+    STOPPED = "STOPPED"
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether nothing follows."""
+        return not MOVES[self]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a worker holds it."""
+        return self in LIVE
+
+
+LIVE = frozenset({RunState.RUNNING, RunState.STOPPING})
+
+MOVES: dict[RunState, frozenset[RunState]] = {
+    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.STOPPED}),
+    RunState.RUNNING: frozenset({RunState.STOPPING, RunState.FINISHED, RunState.FAILED}),
+    # A run may finish or fail while the wish to stop travels to it.
+    RunState.STOPPING: frozenset({RunState.STOPPED, RunState.FINISHED, RunState.FAILED}),
+    RunState.STOPPED: frozenset(),
+    RunState.FINISHED: frozenset(),
+    RunState.FAILED: frozenset(),
+}
+
+
+def sources(target: RunState) -> frozenset[RunState]:
+    """Return the states from which a move to `target` is allowed."""
+    return frozenset(state for state, targets in MOVES.items() if target in targets)

@@ -1,0 +1,295 @@
+"""JobSpec: the complete description of one training, enough to repeat it.
+
+Sections nest at most ten fields each. Titles and descriptions are what the page and
+`studio run` show, so each says the unit and the consequence.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator
+
+from studio.domain.section import Section
+from studio.domain.targets import TargetGroup
+from studio.errors import InputError
+
+SPEC_VERSION: Literal[1] = 1
+
+
+class ModelRef(Section):
+    """Base weights."""
+
+    id: str = Field(
+        default="tiny/qwen3.5",
+        min_length=1,
+        max_length=300,
+        title="Base model",
+        description="Hub id, path of a Hugging Face folder, or tiny/NAME for a model that the "
+        "studio builds itself.",
+    )
+    revision: str | None = Field(
+        default=None,
+        title="Revision",
+        description="Branch, tag or commit of a hub model; empty takes the newest.",
+    )
+
+    @field_validator("revision", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: object) -> object:
+        return None if value == "" else value
+
+
+class DataSpec(Section):
+    """What is learned from."""
+
+    dataset: str = Field(
+        default="",
+        title="Dataset",
+        description="Name, number or content hash of a Dataset.",
+    )
+    max_length_tokens: int = Field(
+        default=2048,
+        ge=16,
+        le=1_010_000,
+        title="Longest example (tokens)",
+        description="An example that is longer stops the run before it starts; nothing is cut "
+        "silently. Memory of a step grows with it.",
+    )
+
+
+class LoraSpec(Section):
+    """The Adapter."""
+
+    rank: int = Field(
+        default=16,
+        ge=1,
+        le=1024,
+        title="Rank",
+        description="Inner size of the adapter; trainable parameters grow in proportion.",
+    )
+    alpha: float = Field(
+        default=32.0,
+        gt=0,
+        le=4096,
+        title="Alpha",
+        description="Strength of the adapter: its output is scaled by alpha / rank.",
+    )
+    dropout: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        title="Dropout",
+        description="Share of adapter inputs dropped in training; 0 is usual for QLoRA.",
+    )
+    targets: tuple[TargetGroup, ...] = Field(
+        default=(TargetGroup.ATTENTION, TargetGroup.DELTA_NET),
+        min_length=1,
+        title="LoRA targets",
+        description="Groups of layers that the adapter may change.",
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _unique_in_order(cls, value: tuple[TargetGroup, ...]) -> tuple[TargetGroup, ...]:
+        return tuple(group for group in TargetGroup if group in value)
+
+
+class BatchSpec(Section):
+    """How many examples make a step."""
+
+    micro_batch_size: int = Field(
+        default=1,
+        ge=1,
+        le=1024,
+        title="Micro-batch (examples)",
+        description="Examples in one forward and backward pass; memory grows with it.",
+    )
+    gradient_accumulation_steps: int = Field(
+        default=4,
+        ge=1,
+        le=4096,
+        title="Gradient accumulation (micro-batches)",
+        description="Micro-batches summed into one step; same result as a larger batch, "
+        "less memory, more time.",
+    )
+
+
+class OptimSpec(Section):
+    """How the weights move."""
+
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        default="adamw",
+        title="Optimizer",
+        description="The 8-bit forms keep their state in a quarter of the memory.",
+    )
+    learning_rate: float = Field(
+        default=2e-4,
+        gt=0,
+        le=1,
+        title="Learning rate",
+        description="Size of a step at its peak; 2e-4 is usual for LoRA. Too high diverges, "
+        "too low learns nothing.",
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine",
+        title="Schedule",
+        description="How the learning rate falls after the warm-up.",
+    )
+    warmup_ratio: float = Field(
+        default=0.1,
+        ge=0,
+        le=0.5,
+        title="Warm-up (share of steps)",
+        description="Share of all steps in which the learning rate rises from zero.",
+    )
+    weight_decay: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        title="Weight decay",
+        description="Pull of the adapter towards zero at each step.",
+    )
+    max_grad_norm: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        title="Largest gradient norm",
+        description="A larger gradient is scaled down to it before the step.",
+    )
+
+
+class TrainSpec(Section):
+    """How long, and on what."""
+
+    epochs: float = Field(
+        default=1.0,
+        gt=0,
+        le=1000,
+        title="Epochs",
+        description="Passes over the Dataset; small Datasets need more, too many memorise.",
+    )
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000_000,
+        title="Most steps",
+        description="Ends the run earlier than the epochs would; empty sets no limit.",
+    )
+    seed: int = Field(
+        default=42,
+        ge=0,
+        le=2**32 - 1,
+        title="Seed",
+        description="Same seed, same order of examples and same adapter at the start.",
+    )
+    gradient_checkpointing: bool = Field(
+        default=True,
+        title="Gradient checkpointing",
+        description="Computes activations twice and keeps them once: a third slower, "
+        "much less memory.",
+    )
+    num_gpus: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        title="GPUs",
+        description="Cards that one run takes; 0 trains on the CPU (tiny models only).",
+    )
+
+
+class JobSpec(Section):
+    """Complete frozen description of one training."""
+
+    version: Literal[1] = Field(default=SPEC_VERSION, title="Format version")
+    name: str = Field(
+        default="", max_length=120, title="Name", description="Your name for the run."
+    )
+    preset: str = Field(
+        default="", max_length=120, title="Preset", description="Preset that it started from."
+    )
+    method: Literal["qlora", "lora"] = Field(
+        default="qlora",
+        title="Method",
+        description="qlora keeps the base in 4 bits (NF4), lora in 16 bits.",
+    )
+    model: ModelRef = Field(default_factory=ModelRef, title="Model")
+    data: DataSpec = Field(default_factory=DataSpec, title="Data")
+    lora: LoraSpec = Field(default_factory=LoraSpec, title="LoRA")
+    batch: BatchSpec = Field(default_factory=BatchSpec, title="Batch")
+    optim: OptimSpec = Field(default_factory=OptimSpec, title="Optimizer")
+    train: TrainSpec = Field(default_factory=TrainSpec, title="Training")
+
+    @field_validator("name")
+    @classmethod
+    def _one_line(cls, value: str) -> str:
+        return " ".join("".join(c for c in value if c.isprintable()).split())
+
+
+def parse_spec(values: Mapping[str, Any]) -> JobSpec:
+    """Check values from a form, a YAML file or a database row.
+
+    Args:
+        values: Nested mapping in the shape of JobSpec; missing fields take their defaults.
+
+    Returns:
+        The JobSpec.
+
+    Raises:
+        InputError: One or more fields are wrong; all of them are named.
+    """
+    try:
+        return JobSpec.model_validate(values)
+    except ValidationError as error:
+        raise spec_error(error) from error
+
+
+def spec_error(error: ValidationError) -> InputError:
+    """Say what a ValidationError found, in sentences: field, value, what is expected."""
+    found = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            found.append(f"{field} is not a field of a JobSpec")
+            continue
+        expected = item["msg"].removeprefix("Value error, ")
+        found.append(f"{field} is {item['input']!r}: {expected[:1].lower()}{expected[1:]}")
+    first = ".".join(str(part) for part in error.errors()[0]["loc"])
+    return InputError("; ".join(found) + ".", "Correct the fields named here.", field=first)
+
+
+def spec_to_yaml(spec: JobSpec) -> str:
+    """Return the spec as YAML, fields in the order of the form."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def spec_from_yaml(text: str) -> JobSpec:
+    """Parse a spec from YAML.
+
+    Raises:
+        InputError: The text is not YAML, not a mapping, or a field is wrong.
+    """
+    return parse_spec(yaml_mapping(text, "The spec"))
+
+
+def yaml_mapping(text: str, what: str) -> dict[str, Any]:
+    """Parse YAML text that must hold a mapping.
+
+    Args:
+        text: The YAML text.
+        what: What it is, as the subject of an error sentence.
+
+    Raises:
+        InputError: The text is not YAML or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        first_line = " ".join(str(error).split())[:200]
+        raise InputError(f"{what} is not YAML: {first_line}.", "Correct the line named.") from error
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{what} holds {type(values).__name__}, not fields with values.",
+            "Write one `field: value` a line, as in the YAML that the Train page shows.",
+        )
+    return values

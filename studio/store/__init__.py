@@ -1,0 +1,1 @@
+"""Rows and queries. Functions take a Session; no rules live here."""

@@ -1,0 +1,1 @@
+"""The Gradio page: collect values, call a verb, show the answer."""

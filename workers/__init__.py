@@ -1,0 +1,1 @@
+"""Celery tasks and the processes that they start. Never imports the page."""

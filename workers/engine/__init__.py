@@ -1,0 +1,1 @@
+"""One training run. Knows JobSpec and a run folder, nothing else."""
