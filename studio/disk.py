@@ -4,9 +4,11 @@ A folder explains itself: what a name means stands here and nowhere else.
 Files that another process reads appear whole: they are written beside their name and renamed.
 """
 
+import fcntl
 import os
 import tempfile
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 
 from studio.errors import disk_errors
@@ -200,13 +202,16 @@ class Home:
 
     @property
     def worker_lock(self) -> Path:
-        """Locked by the embedded worker as long as it lives; holds its process number."""
+        """Locked by the worker as long as it lives; holds its process number."""
         return self.path / "worker.lock"
 
     @property
-    def page_lock(self) -> Path:
-        """Locked by the page as long as it lives; an idle embedded worker ends without one."""
-        return self.path / "page.lock"
+    def client_lock(self) -> Path:
+        """Locked in common by every page and command that needs a worker.
+
+        An embedded worker that has nothing to do ends when nobody holds it.
+        """
+        return self.path / "clients.lock"
 
     @property
     def worker_log(self) -> Path:
@@ -251,3 +256,31 @@ def write_whole(path: Path, text: str) -> None:
             temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def take_lock(path: Path, *, shared: bool = False) -> TextIOWrapper | None:
+    """Lock a file until the returned object is closed or this process ends, however it ends.
+
+    Args:
+        path: The lock file; created when missing.
+        shared: Whether others may hold it too, shared.
+
+    Returns:
+        The open file, which holds the lock; None when another process is in the way.
+    """
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def is_locked(path: Path) -> bool:
+    """Tell whether any process holds a lock on a file."""
+    lock = take_lock(path)
+    if lock is None:
+        return True
+    lock.close()
+    return False

@@ -132,5 +132,5 @@ def _load(path: Path, kind: type[_T]) -> _T:
     try:
         return kind.model_validate(yaml_mapping(path.read_text(encoding="utf-8"), path.name))
     except ValidationError as error:
-        wrong = spec_error(error)
+        wrong = spec_error(error, kind.__name__)
         raise InputError(f"{path.name}: {wrong.message}", wrong.hint) from error

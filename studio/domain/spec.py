@@ -5,6 +5,7 @@ Sections nest at most ten fields each. Titles and descriptions are what the page
 """
 
 from collections.abc import Mapping
+from reprlib import Repr
 from typing import Any, Literal
 
 import yaml
@@ -15,6 +16,9 @@ from studio.domain.targets import TargetGroup
 from studio.errors import InputError
 
 SPEC_VERSION: Literal[1] = 1
+# Wrong values are quoted, but a page of them helps nobody, and YAML aliases can unfold to gigabytes.
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 class ModelRef(Section):
@@ -30,6 +34,7 @@ class ModelRef(Section):
     )
     revision: str | None = Field(
         default=None,
+        max_length=300,
         title="Revision",
         description="Branch, tag or commit of a hub model; empty takes the newest.",
     )
@@ -45,6 +50,7 @@ class DataSpec(Section):
 
     dataset: str = Field(
         default="",
+        max_length=300,
         title="Dataset",
         description="Name, number or content hash of a Dataset.",
     )
@@ -201,7 +207,11 @@ class TrainSpec(Section):
 class JobSpec(Section):
     """Complete frozen description of one training."""
 
-    version: Literal[1] = Field(default=SPEC_VERSION, title="Format version")
+    version: Literal[1] = Field(
+        default=SPEC_VERSION,
+        title="Format version",
+        description="Which form of JobSpec this is; there is one so far.",
+    )
     name: str = Field(
         default="", max_length=120, title="Name", description="Your name for the run."
     )
@@ -244,16 +254,22 @@ def parse_spec(values: Mapping[str, Any]) -> JobSpec:
         raise spec_error(error) from error
 
 
-def spec_error(error: ValidationError) -> InputError:
-    """Say what a ValidationError found, in sentences: field, value, what is expected."""
+def spec_error(error: ValidationError, what: str = "JobSpec") -> InputError:
+    """Say what a ValidationError found, in sentences: field, value, what is expected.
+
+    Args:
+        error: What pydantic found.
+        what: What was being read, as in "JobSpec".
+    """
     found = []
     for item in error.errors():
         field = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            found.append(f"{field} is not a field of a JobSpec")
+            found.append(f"{field} is not a field of a {what}")
             continue
         expected = item["msg"].removeprefix("Value error, ")
-        found.append(f"{field} is {item['input']!r}: {expected[:1].lower()}{expected[1:]}")
+        value = _SHORT.repr(item["input"])
+        found.append(f"{field} is {value}: {expected[:1].lower()}{expected[1:]}")
     first = ".".join(str(part) for part in error.errors()[0]["loc"])
     return InputError("; ".join(found) + ".", "Correct the fields named here.", field=first)
 
@@ -284,7 +300,8 @@ def yaml_mapping(text: str, what: str) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # ValueError: a date that does not exist, https://github.com/yaml/pyyaml/issues/382
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         first_line = " ".join(str(error).split())[:200]
         raise InputError(f"{what} is not YAML: {first_line}.", "Correct the line named.") from error
     if not isinstance(values, dict):

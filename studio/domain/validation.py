@@ -5,11 +5,17 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NoReturn
+from typing import BinaryIO, Literal
 
 from pydantic import Field
 
-from studio.domain.conversation import Conversation, RecordError, from_openai
+from studio.domain.conversation import (
+    Conversation,
+    RecordError,
+    from_openai,
+    json_sentence,
+    parse_json,
+)
 from studio.domain.section import Section
 from studio.errors import InputError
 
@@ -103,7 +109,8 @@ class Reader:
                 self._add(Issue(line=1, reason="a byte order mark was removed", severity="note"))
             if len(raw) > MAX_LINE_BYTES:
                 self._add(Issue(line=line_number, reason="the line is longer than 16 MiB"))
-                _skip_line(stream)
+                if not raw.endswith(b"\n"):
+                    _skip_line(stream)
                 continue
             if not raw.strip():
                 continue
@@ -134,14 +141,18 @@ class Reader:
         )
 
     def _is_foreign(self, stream: BinaryIO) -> bool:
-        head = stream.read(8)
+        head = stream.read(4096)
         stream.seek(0)
         for magic, name in _FOREIGN:
             if head.startswith(magic):
                 reason = f"the file is {name}; save it as JSON lines in UTF-8"
                 self._add(Issue(line=0, reason=reason))
                 return True
-        if head.lstrip()[:1] == b"[":
+        if b"\0" in head:
+            reason = "the file is binary or text in UTF-16; save it as JSON lines in UTF-8"
+            self._add(Issue(line=0, reason=reason))
+            return True
+        if head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
             reason = "the file is one JSON array; write one conversation a line instead"
             self._add(Issue(line=1, reason=reason))
             return True
@@ -149,32 +160,24 @@ class Reader:
 
     def _parse(self, line: int, raw: bytes) -> Conversation | None:
         try:
-            record = json.loads(
-                raw.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_unique
-            )
+            # Without the line's end, which would put the column of a cut line on the next one.
+            record = parse_json(raw.decode("utf-8").rstrip("\r\n"))
             conversation = from_openai(record)
             conversation.to_json().encode("utf-8")
         except UnicodeDecodeError as error:
-            found = hex(raw[error.start])
-            self._add(Issue(line=line, reason=f"byte {error.start} is not UTF-8", value=found))
-        except UnicodeEncodeError as error:
-            found = repr(error.object[error.start])
-            self._add(
-                Issue(
-                    line=line, reason="an unpaired surrogate stands for no character", value=found
-                )
-            )
+            reason = f"byte {error.start + 1} of the line is not UTF-8"
+            self._add(Issue(line=line, reason=reason, value=hex(raw[error.start])))
+        except UnicodeEncodeError:
+            path, text = _surrogate(conversation.model_dump())
+            reason = "an unpaired surrogate stands for no character"
+            self._add(Issue(line=line, path=_short(path), value=_short(text), reason=reason))
         except json.JSONDecodeError as error:
-            reason = f"not JSON: {error.msg[:1].lower()}{error.msg[1:]} at column {error.colno}"
-            self._add(Issue(line=line, reason=reason, value=_short(raw.decode("utf-8").strip())))
-        except RecursionError:
-            self._add(Issue(line=line, reason="the record is nested too deeply"))
-        except RecordError as error:
             self._add(
-                Issue(line=line, path=error.path, value=_short(error.value), reason=error.reason)
+                Issue(line=line, reason=json_sentence(error), value=_short(error.doc.strip()))
             )
-        except ValueError as error:
-            self._add(Issue(line=line, reason=f"not JSON: {error}"))
+        except RecordError as error:
+            path, value = _short(error.path), _short(error.value)
+            self._add(Issue(line=line, path=path, value=value, reason=error.reason))
         else:
             return conversation if self._rules_hold(line, conversation) else None
         return None
@@ -220,7 +223,6 @@ def check_rules(conversation: Conversation) -> Iterator[Issue]:
         yield Issue(line=0, path="messages", reason="no assistant message: nothing to learn")
     if not any(message.role == "user" for message in messages):
         yield Issue(line=0, path="messages", reason="no user message: nothing is asked")
-    calls: set[str | None] = set()
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
         if message.role in ("system", "developer") and index > 0:
@@ -230,26 +232,46 @@ def check_rules(conversation: Conversation) -> Iterator[Issue]:
                 value=message.role,
                 reason="a system message stands only at the beginning",
             )
+        if message.role == "assistant" and not message.content.strip() and not message.tool_calls:
+            yield Issue(line=0, path=f"{path}.content", reason="the assistant's answer is empty")
+    yield from _check_tool_results(conversation)
+    for path, text in _rendered(conversation):
+        for token in CONTROL_TOKENS:
+            if token in text:
+                yield Issue(
+                    line=0,
+                    path=path,
+                    value=token,
+                    reason="a control token of the chat format stands in the text",
+                )
+
+
+def _check_tool_results(conversation: Conversation) -> Iterator[Issue]:
+    calls: set[str | None] = set()
+    for index, message in enumerate(conversation.messages):
+        path = f"messages[{index}]"
         if message.role == "tool" and not calls:
             yield Issue(line=0, path=path, reason="a tool result without a call before it")
         elif message.role == "tool" and message.tool_call_id not in calls | {None}:
             yield Issue(
                 line=0,
                 path=f"{path}.tool_call_id",
-                value=str(message.tool_call_id),
+                value=_short(message.tool_call_id),
                 reason="no call has this id",
             )
-        if message.role == "assistant" and not message.content.strip() and not message.tool_calls:
-            yield Issue(line=0, path=f"{path}.content", reason="the assistant's answer is empty")
-        for token in CONTROL_TOKENS:
-            if token in message.content or token in (message.reasoning_content or ""):
-                yield Issue(
-                    line=0,
-                    path=f"{path}.content",
-                    value=token,
-                    reason="a control token of the chat format stands in the text",
-                )
         calls.update(call.id for call in message.tool_calls)
+
+
+def _rendered(conversation: Conversation) -> Iterator[tuple[str, str]]:
+    """Yield path and text of everything that a chat template writes out."""
+    for index, message in enumerate(conversation.messages):
+        yield f"messages[{index}].content", message.content
+        yield f"messages[{index}].reasoning_content", message.reasoning_content or ""
+        for number, call in enumerate(message.tool_calls):
+            arguments = json.dumps(call.arguments, ensure_ascii=False)
+            yield f"messages[{index}].tool_calls[{number}]", call.name + arguments
+    for index, tool in enumerate(conversation.tools):
+        yield f"tools[{index}]", json.dumps(tool, ensure_ascii=False)
 
 
 def check_file(path: Path) -> Report:
@@ -286,18 +308,23 @@ def _skip_line(stream: BinaryIO) -> None:
             return
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise RecordError(twice, twice, "the key stands twice in one object")
-    return values
+def _surrogate(value: object, path: str = "") -> tuple[str, str]:
+    """Return path and text of the first unpaired surrogate, or two empty strings."""
+    if isinstance(value, str):
+        is_found = any("\ud800" <= character <= "\udfff" for character in value)
+        return (path, value) if is_found else ("", "")
+    below: list[tuple[str, object]] = []
+    if isinstance(value, dict):
+        for key, child in value.items():
+            below += [(f"{path}.{key}".removeprefix("."), part) for part in (key, child)]
+    elif isinstance(value, list | tuple):
+        below += [(f"{path}[{index}]", child) for index, child in enumerate(value)]
+    found = (_surrogate(child, where) for where, child in below)
+    return next((pair for pair in found if pair[0]), ("", ""))
 
 
 def _short(value: object, limit: int = 80) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=True, default=str)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    """Return a value on one line, cut to `limit`, with what cannot be printed escaped."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -1,0 +1,385 @@
+"""Composition root and command line: `studio COMMAND --home DIR`.
+
+Exit codes: 0 done, 1 our fault, 2 the input or the machine is not right (stderr says what to do).
+"""
+
+import logging
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from studio import terminal
+from studio.demo import run_demo
+from studio.doctor import examine
+from studio.domain.spec import JobSpec
+from studio.domain.validation import check_file
+from studio.errors import InputError, MachineError, StudioError
+from studio.services import artifacts, chats, datasets, runs, workers
+from studio.services.studio import Studio, open_studio
+from studio.settings import Settings
+from studio.terminal import err, out, say_json
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+USER_ERROR, OUR_ERROR = 2, 1
+
+app = typer.Typer(
+    name="studio",
+    help="Delta Studio: fine-tune Qwen3-Next and Qwen3.5, and prove that it happened.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+dataset_app = typer.Typer(help="Check and add datasets.", no_args_is_help=True)
+app.add_typer(dataset_app, name="dataset")
+
+HomeOption = Annotated[
+    Path | None,
+    typer.Option("--home", help="Folder of everything that the studio keeps.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until it is over.")]
+RunArgument = Annotated[int, typer.Argument(help="Number of the run.", min=1)]
+
+
+def _settings(home: Path | None, **changes: Any) -> Settings:
+    values = {name: value for name, value in {"home": home, **changes}.items() if value is not None}
+    return Settings(**values)
+
+
+def _studio(home: Path | None) -> Studio:
+    return open_studio(_settings(home))
+
+
+@app.command()
+def up(
+    home: HomeOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", min=1, max=65535)] = None,
+) -> None:
+    """Start the page and one worker process."""
+    _serve_page(_settings(home, host=host, port=port))
+
+
+def _serve_page(settings: Settings) -> None:
+    if settings.host not in LOOPBACK:
+        raise InputError(
+            f"The page cannot listen on {settings.host}: it has no login yet.",
+            "Listen on 127.0.0.1, and reach it from elsewhere through `ssh -L`.",
+        )
+    _check_port(settings.host, settings.port)
+    studio = open_studio(settings)
+    with workers.need_worker(studio):
+        err.print("Delta Studio is starting ...")
+        import uvicorn
+
+        from studio.ui.app import build_app  # gradio alone takes 3 to 5 s to import
+
+        config = uvicorn.Config(
+            build_app(studio),
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+        )
+        watch = threading.Thread(target=_keep_worker, args=(studio,), daemon=True)
+        watch.start()
+        err.print(f"Delta Studio is open at http://{settings.host}:{settings.port}")
+        uvicorn.Server(config).run()
+    err.print("The page is closed; a run that trains goes on in the background.")
+
+
+def _keep_worker(studio: Studio) -> None:
+    while True:
+        threading.Event().wait(5)
+        try:
+            workers.ensure_worker(studio.home)
+        except StudioError as error:
+            err.print(str(error), markup=False)
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise MachineError(
+                f"Port {port} on {host} is in use.",
+                f"Choose another with --port, for instance --port {port + 1}, "
+                "or close what listens there.",
+            ) from error
+
+
+@app.command()
+def worker(home: HomeOption = None) -> None:
+    """Start a worker by itself, in the foreground."""
+    studio = _studio(home)
+    if workers.is_alive(studio.home):
+        raise MachineError(
+            f"A worker serves {studio.home.path} already.",
+            "One worker per home folder is enough; stop it first to take its place.",
+        )
+    command = [sys.executable, "-m", "workers", "--home", str(studio.home.path)]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+def demo(
+    home: HomeOption = None,
+    stop_after: Annotated[bool, typer.Option("--exit", help="Do not open the page after.")] = False,
+    port: Annotated[int | None, typer.Option(help="Port of the page.", min=1, max=65535)] = None,
+) -> None:
+    """Run the main job on the example data, then leave the studio open."""
+    settings = _settings(home, port=port)
+    if not stop_after:
+        _check_port(settings.host, settings.port)
+    passed = run_demo(open_studio(settings))
+    if not stop_after:
+        _serve_page(settings)
+    if not passed:
+        raise typer.Exit(OUR_ERROR)
+
+
+@app.command()
+def doctor(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Say what this machine has, and what is missing."""
+    findings = examine(_studio(home))
+    if as_json:
+        say_json([finding.model_dump() for finding in findings])
+    else:
+        for finding in findings:
+            mark = {True: "ok  ", False: "BAD ", None: "    "}[finding.good]
+            out.print(f"{mark} {finding.name:<16} {finding.text}", markup=False)
+    if any(finding.good is False for finding in findings):
+        raise typer.Exit(USER_ERROR)
+
+
+@dataset_app.command("check")
+def dataset_check(
+    file: Annotated[Path, typer.Argument(help="JSON lines file.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a file without storing it."""
+    del home  # a check needs no home folder; the option stands on every command
+    report = check_file(file)
+    if as_json:
+        say_json(report.model_dump(mode="json"))
+    elif report.is_accepted:
+        out.print(
+            f"{file}: {report.format}, {report.num_conversations} conversations, "
+            f"{report.num_messages} messages, {report.num_warnings} warnings",
+            markup=False,
+        )
+    for issue in () if as_json and report.is_accepted else report.issues:
+        err.print(f"{issue.severity}: {issue}", markup=False)
+    if not report.is_accepted:
+        raise typer.Exit(USER_ERROR)
+
+
+@dataset_app.command("add")
+def dataset_add(
+    file: Annotated[Path, typer.Argument(help="JSON lines file.")],
+    name: Annotated[str, typer.Option(help="Name; the file's when empty.")] = "",
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a file and store it as a dataset."""
+    studio = _studio(home)
+    row, report = datasets.import_file(studio, file, name)
+    if row is None:
+        for issue in report.issues:
+            err.print(f"{issue.severity}: {issue}", markup=False)
+        raise InputError(
+            f"{file} has {report.num_errors} errors; nothing was stored.",
+            "Correct the lines named above.",
+        )
+    if as_json:
+        say_json(terminal.dataset_values(row))
+    else:
+        out.print(f"dataset {row.id}: {row.name}, {row.num_conversations} conversations")
+
+
+@dataset_app.command("list")
+def dataset_list(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """List all datasets."""
+    rows = datasets.listing(_studio(home))
+    if as_json:
+        say_json([terminal.dataset_values(row) for row in rows])
+    else:
+        terminal.show_table(
+            ("id", "name", "conversations", "sha256"),
+            [(row.id, row.name, row.num_conversations, row.sha256[:12]) for row in rows],
+        )
+
+
+@app.command()
+def presets(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """List all presets."""
+    found = _studio(home).presets
+    if as_json:
+        say_json([preset.model_dump(mode="json") for preset in found.values()])
+        return
+    terminal.show_table(
+        ("preset", "GPUs", "GiB each", "title"),
+        [(p.name, p.needs.gpus, p.needs.gpu_memory_gib or "-", p.title) for p in found.values()],
+    )
+
+
+@app.command()
+def run(
+    spec_file: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="JobSpec as YAML.")],
+    wait: WaitOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Launch a training run from a spec; `preset: NAME` alone fills in the rest."""
+    studio = _studio(home)
+    row = runs.submit(studio, _read_spec(studio, spec_file))
+    with workers.need_worker(studio):
+        if wait:
+            row = terminal.follow_run(studio, row.id)
+    if as_json:
+        say_json(terminal.run_values(studio, row))
+    else:
+        out.print(f"run {row.id} is {row.state}: {row.name}", markup=False)
+    _exit_if_failed(row)
+
+
+def _read_spec(studio: Studio, path: Path) -> JobSpec:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The spec {path} cannot be read: {error}.", "Give the path of a YAML file."
+        ) from error
+    return runs.complete_spec(studio, text)
+
+
+def _exit_if_failed(row: Any) -> None:
+    failure = terminal.failure_of(row)
+    if failure is not None:
+        err.print(" ".join(failure).strip(), markup=False)
+        by_user = (row.error or {}).get("type") in ("InputError", "NotFoundError", "MachineError")
+        raise typer.Exit(USER_ERROR if by_user else OUR_ERROR)
+
+
+@app.command("runs")
+def list_runs(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """List the newest runs."""
+    studio = _studio(home)
+    rows = runs.listing(studio)
+    if as_json:
+        say_json([terminal.run_values(studio, row) for row in rows])
+    else:
+        terminal.show_table(
+            ("run", "state", "step", "name"),
+            [(r.id, r.state, f"{r.step}/{r.total_steps or '-'}", r.name) for r in rows],
+        )
+
+
+@app.command()
+def show(run_id: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Show one run with its proofs."""
+    studio = _studio(home)
+    row = runs.get(studio, run_id)
+    values = terminal.run_values(studio, row)
+    proofs = runs.proofs(studio, run_id).proofs
+    if as_json:
+        say_json({**values, "proofs": [p.model_dump(mode="json") for p in proofs]})
+        return
+    failure = terminal.failure_of(row)
+    fields = {k: v for k, v in values.items() if k not in ("error", "result") and v is not None}
+    if failure is not None:
+        fields["error"] = " ".join(failure)
+    marks = {True: "passed", False: "FAILED", None: "noted"}
+    fields |= {f"proof {p.name}": f"{marks[p.passed]}: {p.summary}" for p in proofs}
+    terminal.show_fields(fields)
+
+
+@app.command()
+def stop(run_id: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Stop a run; it saves its adapter at the next step boundary."""
+    studio = _studio(home)
+    row = runs.stop(studio, run_id)
+    if as_json:
+        say_json(terminal.run_values(studio, row))
+    else:
+        out.print(f"run {row.id} is {row.state}")
+
+
+@app.command()
+def merge(
+    run_id: RunArgument,
+    wait: WaitOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge a run's adapter into its base, and certify the result."""
+    studio = _studio(home)
+    row = artifacts.merge(studio, run_id)
+    with workers.need_worker(studio):
+        if wait:
+            row = terminal.follow_merge(studio, row.id)
+    if as_json:
+        say_json(terminal.merge_values(studio, row))
+    else:
+        out.print(f"merge {row.id} of run {run_id} is {row.state}")
+        certificate = artifacts.certificate(row)
+        if certificate is not None:
+            out.print(f"certificate {'passed' if certificate.passed else 'FAILED'}")
+            out.print(f"weights in {artifacts.weights(studio, row)}", markup=False)
+    _exit_if_failed(row)
+
+
+@app.command()
+def chat(
+    run_id: RunArgument,
+    message: Annotated[str, typer.Option("-m", "--message", help="What to ask.")],
+    base: Annotated[bool, typer.Option("--base", help="Ask the base, not the tuned.")] = False,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.", min=1)] = 256,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask the tuned model of a run, or its base, one question."""
+    if not message.strip():
+        raise InputError("The message is empty.", "Write a question after -m.")
+    studio = _studio(home)
+    row = chats.open_chat(studio, run_id)
+    side: chats.Side = "base" if base else "tuned"
+    messages = [{"role": "user", "content": message}]
+    with workers.need_worker(studio):
+        with terminal.bar("open the chat") as (progress, task):
+            ready = chats.wait_ready(studio, row.id, lambda t: progress.update(task, note=t))
+            progress.update(task, completed=1.0)
+        pieces = []
+        for delta in chats.ask(
+            studio, ready, side, messages, chats.Sampling(max_tokens=max_tokens)
+        ):
+            pieces.append(delta.content)
+            if not as_json:
+                out.print(delta.content, end="", markup=False)
+    if as_json:
+        say_json({"run": run_id, "model": side, "message": message, "answer": "".join(pieces)})
+    else:
+        out.print()
+
+
+def main() -> None:
+    """Run the command line; expected errors become one sentence on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+    try:
+        app()
+    except StudioError as error:
+        err.print(str(error), markup=False)
+        sys.exit(USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

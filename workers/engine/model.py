@@ -1,0 +1,366 @@
+"""Base weights (NF4 or 16 bits), tokenizer and LoRA: every process that loads a model loads it here.
+
+On CUDA the 16-bit parts are bfloat16. On a CPU they are the same values held in float32: the
+arithmetic of small models is faster there, and nothing is rounded twice.
+Not covered: 3-D routed experts stay 16-bit (bitsandbytes quantises nn.Linear only; the coverage
+Proof says so), vision towers (the text class is loaded), more than one card.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils import transformers_weight_conversion
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from studio.disk import TEMPLATES, Home
+from studio.domain.preset import load_models
+from studio.domain.spec import LoraSpec, ModelRef
+from studio.domain.targets import select, target_modules, text_config
+from studio.errors import EngineError, InputError, NotFoundError
+from workers.engine.tiny import ensure_tiny
+
+log = logging.getLogger(__name__)
+
+Method = Literal["qlora", "lora"]
+
+# Suffixes that stay 16-bit in QLoRA. lm_head: the list replaces transformers' default, which holds
+# it. The others are a handful of rows each (gates of the delta net and of the shared expert), so
+# 4 bits save nothing and cost precision. The router (mlp.gate) is no nn.Linear in transformers 5;
+# it is named in case it becomes one.
+SIXTEEN_BIT = ("lm_head", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "mlp.gate")
+_PEFT_PREFIX = "base_model.model."
+_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def find_base(model: ModelRef, home: Home) -> Path:
+    """Return the folder of base weights; build or download it where it is not there yet.
+
+    Args:
+        model: `tiny/NAME`, the path of a Hugging Face folder, or a hub id with revision.
+        home: The home folder; tiny models are built under its `models`.
+
+    Raises:
+        NotFoundError: There is no such tiny model, folder, hub repository or revision.
+        InputError: The folder holds no model that the studio trains, or no safetensors.
+        EngineError: The hub cannot be reached or refuses access.
+    """
+    if model.id.startswith("tiny/"):
+        known = load_models(TEMPLATES / "models")
+        if model.id not in known:
+            names = ", ".join(name for name in known if name.startswith("tiny/"))
+            raise NotFoundError(
+                f"There is no tiny model {model.id!r}.", f"Choose one of: {names}.", "model.id"
+            )
+        return ensure_tiny(known[model.id], home.models / model.id.removeprefix("tiny/"))
+    path = Path(model.id).expanduser()
+    if path.is_dir():
+        return _checked(path.resolve(), model.id)
+    if path.is_absolute() or model.id.startswith((".", "~")):
+        raise NotFoundError(
+            f"There is no folder {model.id}.",
+            "Give the path of a Hugging Face model folder on the machine of the worker.",
+            "model.id",
+        )
+    return _download(model)
+
+
+def _download(model: ModelRef) -> Path:
+    with _hub_errors(model):
+        # The configuration first: a wrong architecture shall not cost a download of 160 GB.
+        config = hf_hub_download(model.id, "config.json", revision=model.revision)
+        _check_config(Path(config), model.id)
+        folder = snapshot_download(model.id, revision=model.revision, allow_patterns=_HUB_FILES)
+    return _checked(Path(folder), model.id)
+
+
+@contextmanager
+def _hub_errors(model: ModelRef) -> Iterator[None]:
+    """Translate what huggingface_hub raises into sentences; the only place that knows its errors."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise EngineError(
+            f"The hub lets only people who accepted its terms download {model.id}.",
+            "Accept them on the model's page, then run `hf auth login` on the worker's machine.",
+            "model.id",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise NotFoundError(
+            f"{model.id} has no revision {model.revision!r}.",
+            "Give a branch, tag or commit of the repository, or leave the field empty.",
+            "model.revision",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise NotFoundError(
+            f"There is no model {model.id!r} on the Hugging Face hub, or it is private.",
+            "Correct the id; for a private model run `hf auth login` on the worker's machine.",
+            "model.id",
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise EngineError(
+            f"{model.id} is not on this machine and the Hugging Face hub cannot be reached.",
+            "Connect the worker to the network, or give the path of a folder with the weights.",
+            "model.id",
+        ) from error
+    except EntryNotFoundError as error:
+        raise InputError(
+            f"{model.id} on the hub has no config.json.",
+            "Choose a repository in the layout of transformers.",
+            "model.id",
+        ) from error
+    except HfHubHTTPError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise EngineError(
+            f"The Hugging Face hub refused the download of {model.id}: {first_line}",
+            "Try again later, or give the path of a folder with the weights.",
+            "model.id",
+        ) from error
+
+
+def _checked(folder: Path, name: str) -> Path:
+    _check_config(folder / "config.json", name)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    if any(path for pattern in _PICKLES for path in folder.glob(pattern)):
+        raise InputError(
+            f"The weights of {name} are pickle files, which can run code when they are read.",
+            "Convert them to safetensors, or choose a repository that has them.",
+            "model.id",
+        )
+    raise InputError(
+        f"{name} holds no *.safetensors weights.", "Download all files of the model.", "model.id"
+    )
+
+
+def _check_config(path: Path, name: str) -> None:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{name} has no readable config.json.",
+            "Give a folder in the layout of transformers.",
+            "model.id",
+        ) from error
+    text_config(config)
+    quantized = config.get("quantization_config")
+    if quantized is not None:
+        raise InputError(
+            f"The weights of {name} are quantised already ({quantized.get('quant_method')}).",
+            "Choose the 16-bit weights; method qlora brings them to 4 bits while loading.",
+            "model.id",
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        EngineError: It is missing, unreadable, has no chat template or no offsets.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise EngineError(
+            f"The tokenizer in {folder} cannot be read: {_first_line(error)}.",
+            "Give a folder with tokenizer.json and tokenizer_config.json.",
+        ) from error
+    if not isinstance(tokenizer.chat_template, str) or not tokenizer.is_fast:
+        raise EngineError(
+            f"The tokenizer in {folder} has no chat template or no tokenizer.json.",
+            "Choose the Instruct weights, or add the chat_template.jinja published with them.",
+        )
+    return tokenizer
+
+
+def load_base(
+    folder: Path, *, method: Method, device: torch.device | str = "cpu"
+) -> PreTrainedModel:
+    """Load frozen base weights in evaluation mode.
+
+    Args:
+        folder: A Hugging Face folder, as `find_base` returns it.
+        method: qlora quantises linear layers to NF4 with double quantisation (QLoRA,
+            arXiv 2305.14314, section 3) while loading; lora keeps 16 bits.
+        device: Where the weights live.
+
+    Raises:
+        EngineError: The weights cannot be read or do not fit the configuration.
+    """
+    device = torch.device(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map={"": device},
+            quantization_config=_nf4(dtype) if method == "qlora" else None,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise EngineError(
+            f"The base weights in {folder} cannot be read: {_first_line(error)}.",
+            "Compare the folder with the published one; a download may be incomplete.",
+        ) from error
+    _refuse_gaps(folder, report)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512-BF16, eval() repacks the weight in place and cuts the gradient
+            # of every later backward: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078
+            module.support_avx512bf16_for_cpu = False
+    # Not peft's prepare_model_for_kbit_training: it casts embeddings and experts to float32.
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=list(SIXTEEN_BIT),
+    )
+
+
+def _refuse_gaps(folder: Path, report: dict[str, Any]) -> None:
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise EngineError(
+            f"The weights in {folder} lack {len(missing)} tensors, the first is {missing[0]}.",
+            "Compare the folder with the published one; a download may be incomplete.",
+        )
+
+
+def add_adapter(model: PreTrainedModel, lora: LoraSpec) -> PeftModel:
+    """Wrap the selected layers with a fresh float32 LoRA (B is zero: nothing changes yet).
+
+    A is drawn from torch's global generator, so seed it before.
+
+    Raises:
+        InputError: A target group matches nothing in this model.
+        EngineError: PEFT adapted other layers than the selected ones.
+    """
+    names = selected_modules(model, lora)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=names,
+        bias="none",
+    )
+    with _shared_experts_stay_apart():
+        wrapped = get_peft_model(model, config)
+    check_adapted(wrapped, names)
+    return wrapped
+
+
+def load_adapter(base: PreTrainedModel, adapter_folder: Path) -> PeftModel:
+    """Load a saved Adapter onto a base, frozen.
+
+    Raises:
+        EngineError: The folder is no Adapter, or does not fit this base.
+    """
+    try:
+        with safe_open(adapter_folder / "adapter_model.safetensors", framework="pt") as file:
+            keys = list(file.keys())
+        with _shared_experts_stay_apart():
+            wrapped = PeftModel.from_pretrained(base, adapter_folder, is_trainable=False)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise EngineError(
+            f"The Adapter in {adapter_folder} cannot be loaded: {_first_line(error)}.",
+            "Use an Adapter that was trained on this base model.",
+        ) from error
+    names = {key.removeprefix(_PEFT_PREFIX).rsplit(".lora_", 1)[0] for key in keys}
+    check_adapted(wrapped, sorted(names))
+    return wrapped.eval()
+
+
+def selected_modules(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
+    """Return the full names of the layers that `lora.targets` selects in a text model.
+
+    Raises:
+        InputError: A target group matches nothing in this model.
+    """
+    modules = target_modules(model.config.to_dict())
+    return [f"model.{module.name}" for module in select(modules, lora.targets)]
+
+
+def adapted_modules(model: PeftModel) -> list[str]:
+    """Return the full names of the layers that really carry a LoRA."""
+    return [
+        name.removeprefix(_PEFT_PREFIX)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+
+
+def check_adapted(model: PeftModel, names: Sequence[str]) -> None:
+    """Compare the layers that carry a LoRA with those that shall.
+
+    Raises:
+        EngineError: They differ; one of each kind is named.
+    """
+    wanted, found = set(names), set(adapted_modules(model))
+    if wanted == found:
+        return
+    lost, extra = sorted(wanted - found), sorted(found - wanted)
+    said = [f"{len(lost)} selected layers carry no LoRA, as {lost[0]}"] if lost else []
+    said += (
+        [f"{len(extra)} layers carry one that were not selected, as {extra[0]}"] if extra else []
+    )
+    raise EngineError(
+        f"PEFT adapted other layers than the selected ones: {'; '.join(said)}.",
+        "This is a fault of the studio or of this version of PEFT; see log.txt.",
+    )
+
+
+@contextmanager
+def _shared_experts_stay_apart() -> Iterator[None]:
+    """Keep PEFT from moving Qwen3-Next's shared-expert LoRA to the routed experts.
+
+    PEFT 0.21.2 reads `qwen3_next` as `qwen2_moe` and rewrites every target that ends in gate_proj,
+    up_proj or down_proj into target_parameters of the routed experts, silently
+    (https://github.com/huggingface/peft/issues/3711, open). PEFT offers no switch, so the entry
+    is taken out of PEFT's own copy of the table while the layers are wrapped, and put back.
+    """
+    table = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN  # noqa: SLF001
+    entry = table.pop("qwen3_next", None)
+    try:
+        yield
+    finally:
+        if entry is not None:
+            table["qwen3_next"] = entry
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

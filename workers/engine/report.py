@@ -1,0 +1,90 @@
+"""What rank 0 tells the outside: stage, metrics, proofs, and how the run ended."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from platform import python_version
+from typing import Literal
+
+import torch
+
+from studio.disk import RunFolder, disk_errors, write_whole
+from studio.domain.metrics import StepRecord
+from studio.domain.proof import Proof, Proofs
+from studio.errors import StudioError
+
+PACKAGES = ("delta-studio", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+class Reporter:
+    """Writes the files of a run folder that other processes read.
+
+    Args:
+        run: The run folder.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._start = time.monotonic()
+
+    def stage(self, stage: str, detail: str = "") -> None:
+        """Say what the engine does now."""
+        write_whole(self._run.stage, json.dumps({"stage": stage, "detail": detail}))
+
+    def step(self, step: int, total_steps: int, values: Mapping[str, float]) -> None:
+        """Append one step to metrics.jsonl, as one write, so that readers see whole lines.
+
+        Raises:
+            MachineError: The disk is full or read-only.
+        """
+        record = StepRecord(step=step, total_steps=total_steps, values=dict(values))
+        with disk_errors("writing metrics"), self._run.metrics.open("a", encoding="utf-8") as file:
+            file.write(record.model_dump_json() + "\n")
+
+    def proofs(self, proofs: Sequence[Proof]) -> None:
+        """Write all Proofs measured so far."""
+        text = Proofs(proofs=tuple(proofs)).model_dump_json(indent=2)
+        write_whole(self._run.proofs, text)
+
+    def result(
+        self,
+        state: Literal["FINISHED", "STOPPED"],
+        *,
+        step: int,
+        total_steps: int,
+        trainable_parameters: int,
+    ) -> None:
+        """Write how the run ended: the last act of a run that ends well."""
+        values = {
+            "state": state,
+            "step": step,
+            "total_steps": total_steps,
+            "seconds": time.monotonic() - self._start,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "trainable_parameters": trainable_parameters,
+            "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
+        }
+        write_whole(self._run.result, json.dumps(values, indent=2))
+
+
+def write_error(run: RunFolder, error: StudioError | None, *, type_name: str, message: str) -> None:
+    """Write why the run failed."""
+    hint = "this is a fault of the studio; see log.txt" if error is None else error.hint
+    values = {"type": type_name, "message": message, "hint": hint}
+    write_whole(run.error, json.dumps(values, indent=2))
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory used so far: of the card on CUDA, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "linux":
+        # Not getrusage: its maximum survives exec, so it may be the parent's.
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

@@ -1,0 +1,182 @@
+"""Start, watch and stop one process group; tell how it ended.
+
+A trainer is a fresh exec in its own session: nothing of the worker is shared with it, and its
+memory is free when it ends. Its environment carries the mark STUDIO_RUN=table:id:epoch, by which
+every process of a Lease is found again, whoever its parent is by now.
+"""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+MARK = "STUDIO_RUN"
+STOP_GRACE_SECONDS = 60.0
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a process ended.
+
+    Attributes:
+        result: Content of its result file; None when it wrote none.
+        error: {type, message, hint}; None when it ended well.
+    """
+
+    exit_code: int
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+
+
+def trainer_command(run_folder: Path, num_gpus: int) -> list[str]:
+    """Return the command of one training run: torchrun with one rank per GPU, one on a CPU."""
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={max(1, num_gpus)}",
+        "--max-restarts=0",
+        f"--shutdown-timeout={STOP_GRACE_SECONDS:.0f}",
+        "-m",
+        "workers.engine",
+        str(run_folder),
+    ]
+
+
+def module_command(module: str, folder: Path) -> list[str]:
+    """Return the command of a merge or a chat process."""
+    return [sys.executable, "-m", module, str(folder)]
+
+
+def launch(
+    command: Sequence[str], *, mark: str, log: Path, threads: int = 0
+) -> subprocess.Popen[bytes]:
+    """Start a process in its own session, its output appended to a log file.
+
+    Args:
+        command: Argument list; never a shell line.
+        mark: Value of STUDIO_RUN in its environment.
+        log: File for its standard output and error.
+        threads: OMP_NUM_THREADS of the process; 0 = number of cores.
+
+    Returns:
+        The process.
+    """
+    environment = child_environment(os.environ, mark=mark, threads=threads)
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=log.parent,
+            start_new_session=True,
+        )
+
+
+def child_environment(parent: Mapping[str, str], *, mark: str, threads: int) -> dict[str, str]:
+    """Return the environment of a child: the parent's without our own settings, and the mark."""
+    environment = {k: v for k, v in parent.items() if not k.startswith("STUDIO_")}
+    environment[MARK] = mark
+    environment["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    environment["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    environment["PYTHONUNBUFFERED"] = "1"
+    # The project is run from its tree as well as installed: the child must find the packages.
+    root = str(Path(__file__).resolve().parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [root, *filter(None, [environment.get("PYTHONPATH")])]
+    )
+    return environment
+
+
+def ask_to_stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask for a stop at the next step boundary; torchrun passes the signal on to its ranks."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+
+
+def kill(process: subprocess.Popen[bytes], mark: str) -> None:
+    """End a process and everything that carries its mark, at once."""
+    if process.poll() is None:
+        process.kill()
+    kill_marked(mark)
+    process.wait()
+
+
+def kill_marked(mark: str) -> list[int]:
+    """Kill every process that carries a mark, and wait until they are gone.
+
+    Returns:
+        The process numbers that were found.
+    """
+    found = list(marked(mark))
+    for pid in found:
+        logger.warning("killing process %d, left over from %s", pid, mark)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            logger.info("process %d had ended by itself", pid)
+    deadline = time.monotonic() + 10
+    while any(True for _ in marked(mark)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return found
+
+
+def marked(mark: str) -> Iterator[int]:
+    """Yield the process numbers that carry a mark, zombies excepted."""
+    wanted = f"{MARK}={mark}".encode()
+    for entry in PROC.iterdir():
+        if not entry.name.isdecimal() or int(entry.name) == os.getpid():
+            continue
+        try:
+            environment = (entry / "environ").read_bytes()
+        except (PermissionError, FileNotFoundError, ProcessLookupError):
+            continue
+        if wanted in environment.split(b"\0"):
+            yield int(entry.name)
+
+
+def outcome(exit_code: int, *, result: Path, error: Path) -> Outcome:
+    """Tell how a process ended, from the files that it wrote.
+
+    Args:
+        exit_code: As of subprocess: negative for a signal.
+        result: File that a process writes when it ends well.
+        error: File that a process writes when it ends badly.
+    """
+    written, reached = read_json(error), read_json(result)
+    # torchrun reports its own signal when it was asked to stop; the result file tells more.
+    if written is None and reached is None and exit_code != 0:
+        written = _unexplained(exit_code)
+    return Outcome(exit_code=exit_code, result=reached, error=written)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None when there is no such file."""
+    if not path.exists():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    return dict(values)
+
+
+def _unexplained(exit_code: int) -> dict[str, Any]:
+    if exit_code == -signal.SIGKILL:
+        message = "The process was killed by the system, most often for want of memory."
+        hint = "Choose a smaller micro-batch, a shorter length or a smaller model; see the log."
+    else:
+        message = f"The process ended with code {exit_code} and did not say why."
+        hint = "See the log below; please report it if it does not explain itself."
+    return {"type": "Unexplained", "message": message, "hint": hint}
