@@ -39,7 +39,7 @@ def celery_settings(home: Home) -> dict[str, Any]:
     """
     queue = str(home.broker / "queue")
     return {
-        "broker_url": "filesystem://",
+        "broker_url": "filesystem://localhost",
         "broker_transport_options": {
             "data_folder_in": queue,
             "data_folder_out": queue,

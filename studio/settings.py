@@ -21,7 +21,9 @@ class Settings(BaseSettings):
         default=2 * 2**30, gt=0, description="Largest file that an upload may have, in bytes."
     )
     cpu_threads: int = Field(
-        default=0, ge=0, description="Threads of one training process on a CPU; 0 = all cores."
+        default=0,
+        ge=0,
+        description="Threads of one process on a CPU; 0 = half of the cores, at least two.",
     )
 
     def resolved_home(self) -> Path:

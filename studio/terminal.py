@@ -18,8 +18,8 @@ from studio.store.rows import ArtifactRow, DatasetRow, JobRow, RunRow
 
 LOOK_SECONDS = 0.3
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def say_json(value: object) -> None:

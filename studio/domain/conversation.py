@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, Literal, NoReturn, Self
 
 from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -219,7 +220,6 @@ _SENTENCES = {
     "dict_type": "an object is expected",
     "model_type": "an object is expected",
     "string_type": "text is expected",
-    "string_unicode": "an unpaired surrogate stands for no character",
     "too_short": "at least one entry is expected",
     "string_too_short": "it must not be empty",
     "extra_forbidden": "a field of this name is not known here",
@@ -242,7 +242,8 @@ def parse_json(text: str) -> Any:
 
     Raises:
         json.JSONDecodeError: The text is not JSON.
-        RecordError: It holds a key twice, NaN, a number out of range, or too many levels.
+        RecordError: It holds a key twice, NaN, a number out of range, half a surrogate pair, or
+            too many levels.
     """
     too_deep = RecordError("", "", f"the record is nested more than {MAX_DEPTH} levels deep")
     try:
@@ -255,8 +256,12 @@ def parse_json(text: str) -> Any:
         )
     except RecursionError as error:
         raise too_deep from error
-    if _depth(value) > MAX_DEPTH:
-        raise too_deep
+    for path, node in _walk(value):
+        if isinstance(node, dict | list) and len(path) >= MAX_DEPTH:
+            raise too_deep
+        if isinstance(node, str) and not _is_unicode(node):
+            reason = "an unpaired surrogate stands for no character"
+            raise RecordError(_path(path), node, reason)
     return value
 
 
@@ -293,15 +298,22 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _depth(value: object) -> int:
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [child for node in level for child in _children(node)]
-    return depth
+def _walk(value: object) -> Iterator[tuple[tuple[int | str, ...], object]]:
+    """Yield every value and every key with its path, in the order of the text."""
+    stack: list[tuple[tuple[int | str, ...], object]] = [((), value)]
+    while stack:
+        path, node = stack.pop()
+        yield path, node
+        if isinstance(node, list):
+            stack.extend(((*path, index), node[index]) for index in reversed(range(len(node))))
+        elif isinstance(node, dict):
+            for key in reversed(node):
+                stack += [((*path, key), node[key]), ((*path, key), key)]
 
 
-def _children(value: object) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -4,6 +4,7 @@ Sections nest at most ten fields each. Titles and descriptions are what the page
 `studio run` show, so each says the unit and the consequence.
 """
 
+import json
 from collections.abc import Mapping
 from reprlib import Repr
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from studio.domain.targets import TargetGroup
 from studio.errors import InputError
 
 SPEC_VERSION: Literal[1] = 1
-# Wrong values are quoted, but a page of them helps nobody, and YAML aliases can unfold to gigabytes.
+# Wrong values are quoted, but a page of them helps nobody.
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -276,7 +277,11 @@ def spec_error(error: ValidationError, what: str = "JobSpec") -> InputError:
 
 def spec_to_yaml(spec: JobSpec) -> str:
     """Return the spec as YAML, fields in the order of the form."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = spec.model_dump(mode="json")
+    # PyYAML 6.0 writes a next-line character (U+0085) bare and reads it back as a line break, so
+    # text with characters that cannot be printed is escaped.
+    is_plain = json.dumps(values, ensure_ascii=False).isprintable()
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=is_plain)
 
 
 def spec_from_yaml(text: str) -> JobSpec:
@@ -296,9 +301,12 @@ def yaml_mapping(text: str, what: str) -> dict[str, Any]:
         what: What it is, as the subject of an error sentence.
 
     Raises:
-        InputError: The text is not YAML or not a mapping.
+        InputError: The text is not YAML, not a mapping, or uses aliases.
     """
     try:
+        # A few aliases of aliases unfold to gigabytes when a message quotes them.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise InputError(f"{what} uses YAML aliases (*name).", "Write the values out.")
         values = yaml.safe_load(text)
     # ValueError: a date that does not exist, https://github.com/yaml/pyyaml/issues/382
     except (yaml.YAMLError, ValueError, RecursionError) as error:

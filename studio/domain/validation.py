@@ -163,14 +163,9 @@ class Reader:
             # Without the line's end, which would put the column of a cut line on the next one.
             record = parse_json(raw.decode("utf-8").rstrip("\r\n"))
             conversation = from_openai(record)
-            conversation.to_json().encode("utf-8")
         except UnicodeDecodeError as error:
             reason = f"byte {error.start + 1} of the line is not UTF-8"
             self._add(Issue(line=line, reason=reason, value=hex(raw[error.start])))
-        except UnicodeEncodeError:
-            path, text = _surrogate(conversation.model_dump())
-            reason = "an unpaired surrogate stands for no character"
-            self._add(Issue(line=line, path=_short(path), value=_short(text), reason=reason))
         except json.JSONDecodeError as error:
             self._add(
                 Issue(line=line, reason=json_sentence(error), value=_short(error.doc.strip()))
@@ -303,24 +298,9 @@ def open_dataset(path: Path) -> BinaryIO:
 
 
 def _skip_line(stream: BinaryIO) -> None:
-    while chunk := stream.readline(MAX_LINE_BYTES):
+    while chunk := stream.readline(2**20):
         if chunk.endswith(b"\n"):
             return
-
-
-def _surrogate(value: object, path: str = "") -> tuple[str, str]:
-    """Return path and text of the first unpaired surrogate, or two empty strings."""
-    if isinstance(value, str):
-        is_found = any("\ud800" <= character <= "\udfff" for character in value)
-        return (path, value) if is_found else ("", "")
-    below: list[tuple[str, object]] = []
-    if isinstance(value, dict):
-        for key, child in value.items():
-            below += [(f"{path}.{key}".removeprefix("."), part) for part in (key, child)]
-    elif isinstance(value, list | tuple):
-        below += [(f"{path}[{index}]", child) for index, child in enumerate(value)]
-    found = (_surrogate(child, where) for where, child in below)
-    return next((pair for pair in found if pair[0]), ("", ""))
 
 
 def _short(value: object, limit: int = 80) -> str:

@@ -314,13 +314,13 @@ def selected_modules(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
     return [f"model.{module.name}" for module in select(modules, lora.targets)]
 
 
-def adapted_modules(model: PeftModel) -> list[str]:
-    """Return the full names of the layers that really carry a LoRA."""
-    return [
-        name.removeprefix(_PEFT_PREFIX)
+def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
+    """Return the layers that really carry a LoRA, by their full name in the base."""
+    return {
+        name.removeprefix(_PEFT_PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
-    ]
+    }
 
 
 def check_adapted(model: PeftModel, names: Sequence[str]) -> None:
@@ -329,7 +329,7 @@ def check_adapted(model: PeftModel, names: Sequence[str]) -> None:
     Raises:
         EngineError: They differ; one of each kind is named.
     """
-    wanted, found = set(names), set(adapted_modules(model))
+    wanted, found = set(names), set(lora_layers(model))
     if wanted == found:
         return
     lost, extra = sorted(wanted - found), sorted(found - wanted)

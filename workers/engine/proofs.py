@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.nn import Params4bit
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -173,9 +173,7 @@ def prove_loss(losses: Sequence[float]) -> Proof:
 
 
 def _trainable(module: nn.Module) -> int:
-    return sum(
-        parameter.numel() for parameter in module.parameters() if parameter.requires_grad
-    )
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
 def _no_weights() -> dict[str, int]:

@@ -31,6 +31,11 @@ class Reporter:
         self._run = run
         self._start = time.monotonic()
 
+    def begin(self) -> None:
+        """Remove what an earlier attempt at the same run has left, so that nothing is mixed."""
+        for path in (self._run.metrics, self._run.result, self._run.error, self._run.proofs):
+            path.unlink(missing_ok=True)
+
     def stage(self, stage: str, detail: str = "") -> None:
         """Say what the engine does now."""
         write_whole(self._run.stage, json.dumps({"stage": stage, "detail": detail}))

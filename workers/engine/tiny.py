@@ -8,6 +8,7 @@ the base that another one builds. Not covered: any likeness to the published wei
 
 import fcntl
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -27,12 +28,14 @@ from transformers import (
 )
 
 from studio.disk import TEMPLATES
-from studio.domain.conversation import Conversation, from_openai
+from studio.domain.chat_template import render
+from studio.domain.conversation import from_openai
 from studio.domain.preset import KnownModel
 from studio.errors import InputError, disk_errors
 
 SEED = 20260901
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+_SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
 # Qwen adds these as ordinary tokens, so that decoding without special tokens keeps them:
 # added_tokens_decoder in tokenizer_config.json of https://huggingface.co/Qwen/Qwen3.5-9B
 _MARKS = (
@@ -111,14 +114,14 @@ def _build_tokenizer(known: KnownModel) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
-    special = (END_OF_TEXT, TURN_START, TURN_END)
+    template = (TEMPLATES / "chat" / known.chat_template).read_text(encoding="utf-8")
     trainer = BpeTrainer(
-        vocab_size=known.vocab_size - len(special) - len(_MARKS),
+        vocab_size=known.vocab_size - len(_SPECIAL) - len(_MARKS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    tokenizer.train_from_iterator(_texts(template), trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in _MARKS])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -127,25 +130,17 @@ def _build_tokenizer(known: KnownModel) -> PreTrainedTokenizerFast:
         model_max_length=int(known.config["max_position_embeddings"]),
         clean_up_tokenization_spaces=False,
     )
-    template = TEMPLATES / "chat" / known.chat_template
-    wrapped.chat_template = template.read_text(encoding="utf-8")
+    wrapped.chat_template = template
     return wrapped
 
 
-def _texts() -> Iterator[str]:
+def _texts(template: str) -> Iterator[str]:
+    """Yield the example data as the model will read it, cut at the tokens that are never split."""
+    marks = re.compile("|".join(re.escape(token) for token in (*_SPECIAL, *_MARKS)))
     for line in _EXAMPLES.read_text(encoding="utf-8").splitlines():
-        yield from _conversation_texts(from_openai(json.loads(line)))
-
-
-def _conversation_texts(conversation: Conversation) -> Iterator[str]:
-    for message in conversation.messages:
-        yield message.role + "\n"
-        yield message.content
-        yield message.reasoning_content or ""
-        for call in message.tool_calls:
-            yield json.dumps(call.arguments, ensure_ascii=False)
-    for tool in conversation.tools:
-        yield json.dumps(tool, ensure_ascii=False)
+        conversation = from_openai(json.loads(line))
+        text = render(template, conversation.template_messages(), tools=conversation.tools)
+        yield from marks.split(text)
 
 
 def _model_config(known: KnownModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:

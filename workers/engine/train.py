@@ -4,6 +4,7 @@ Reads spec.json and dataset.jsonl of a run folder, writes all its other files.
 Not covered: more than one card, packing, resuming (load_checkpoint is there, no field asks for it).
 """
 
+import json
 import logging
 import math
 import signal
@@ -61,27 +62,196 @@ class Training:
     losses: list[float] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class StopWish:
+    """Whether somebody asked the run to stop."""
+
+    is_there: bool = False
+
+
 def train(folder: RunFolder) -> None:
     """Train as the run folder's spec.json says.
+
+    A SIGTERM ends the process at once while it builds; in the loop the step is finished, and a
+    Checkpoint and the Adapter are saved.
 
     Raises:
         InputError: The spec, the dataset or the model is wrong.
         EngineError: The run cannot go on; the message says why.
         MachineError: The disk is full or read-only.
     """
-    report = Reporter(folder)
-    report.begin()
-    training = build(folder, report)
+    training = build(folder)
     with _stop_wish() as wish:
         loop(training, wish)
-    stop(training)
+        stop(training)
 
 
-@dataclass(slots=True)
-class StopWish:
-    """Whether somebody asked the run to stop."""
+def build(folder: RunFolder) -> Training:
+    """Read the order, check it against data and machine, and load all that the loop needs."""
+    report = Reporter(folder)
+    report.begin()
+    spec = _read_spec(folder)
+    accelerator = _accelerator(spec.train.num_gpus)
+    report.stage("finding the base model", spec.model.id)
+    base_folder = find_base(spec.model, folder.home)
+    report.stage("reading the dataset")
+    tokenizer = load_tokenizer(base_folder)
+    examples = read_examples(
+        folder.dataset, tokenizer, max_length_tokens=spec.data.max_length_tokens
+    )
+    proofs = [prove_mask(examples, tokenizer)]
+    report.proofs(proofs)
+    report.stage("loading the base model", spec.model.id)
+    base = load_base(base_folder, method=spec.method, device=accelerator.device)
+    proofs.append(prove_coverage(base, spec.method))
+    report.proofs(proofs)
+    report.stage("adding the adapter")
+    torch.manual_seed(spec.train.seed)
+    model = add_adapter(base, spec.lora)
+    proofs.insert(0, prove_targets(model, spec.lora))
+    report.proofs(proofs)
+    _refuse_failed(proofs)
+    if spec.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # The model is not prepared: at world size 1 accelerate would only wrap it for gradient
+    # exchange with nobody.
+    optimizer = accelerator.prepare(build_optimizer(model.parameters(), spec.optim))
+    total_steps = count_steps(len(examples), spec.batch, spec.train)
+    log.info("%d examples, %d steps on %s", len(examples), total_steps, accelerator.device)
+    return Training(
+        folder=folder,
+        spec=spec,
+        report=report,
+        accelerator=accelerator,
+        tokenizer=tokenizer,
+        examples=examples,
+        model=model.train(),
+        optimizer=optimizer,
+        total_steps=total_steps,
+        proofs=proofs,
+    )
 
-    is_there: bool = False
+
+def loop(training: Training, wish: StopWish) -> None:
+    """Take steps until the last one, or until somebody asks to stop."""
+    spec = training.spec
+    training.report.stage("training", f"{training.total_steps} steps")
+    lengths = [len(example.tokens) for example in training.examples]
+    for indices in step_order(lengths, spec.batch, spec.train):
+        step(training, [training.examples[index] for index in indices])
+        if wish.is_there:
+            return
+
+
+def step(training: Training, examples: list[Example]) -> None:
+    """Take one optimizer step on `examples` and report it.
+
+    Raises:
+        EngineError: Loss or gradient is not finite; the weights are left as they were.
+    """
+    start = time.perf_counter()
+    spec, number = training.spec, len(training.losses) + 1
+    model, accelerator, optimizer = training.model, training.accelerator, training.optimizer
+    num_supervised = sum(example.num_supervised for example in examples)
+    base = model.get_base_model()
+    loss = torch.zeros((), device=accelerator.device)
+    pad = int(training.tokenizer.pad_token_id or 0)
+    for batch in micro_batches(examples, spec.batch.micro_batch_size, pad):
+        batch = batch.to(accelerator.device)
+        output = base.model(batch.tokens_BT, attention_mask=batch.mask_BT, use_cache=False)
+        share = supervised_loss(
+            output.last_hidden_state,
+            batch.labels_BT,
+            base.lm_head,
+            num_supervised=max(1, num_supervised),
+        )
+        accelerator.backward(share)
+        loss += share.detach()
+    norm = accelerator.clip_grad_norm_(model.parameters(), spec.optim.max_grad_norm)
+    _refuse_not_finite(number, float(loss), float(norm), examples)
+    rate = learning_rate_at(spec.optim, number, training.total_steps)
+    set_learning_rate(optimizer, rate)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    training.losses.append(float(loss))
+    seconds = time.perf_counter() - start
+    values = {
+        metrics.LOSS: float(loss),
+        metrics.LEARNING_RATE: rate,
+        metrics.GRAD_NORM: float(norm),
+        metrics.STEP_SECONDS: seconds,
+        metrics.TOKENS_PER_SECOND: sum(len(example.tokens) for example in examples) / seconds,
+        "supervised_tokens": float(num_supervised),
+    }
+    training.report.step(number, training.total_steps, values)
+
+
+def stop(training: Training) -> None:
+    """Save Checkpoint and Adapter, measure what was learned, and say how the run ended."""
+    spec, done = training.spec, len(training.losses)
+    training.report.stage("saving the adapter")
+    save_checkpoint(
+        training.folder, training.model, training.optimizer, step=done, base_id=spec.model.id
+    )
+    save_adapter(training.model, spec.model.id, training.folder.adapter)
+    training.proofs += [prove_learned(training.model, spec.lora), prove_loss(training.losses)]
+    training.report.proofs(training.proofs)
+    is_finished = done == training.total_steps
+    training.report.result(
+        "FINISHED" if is_finished else "STOPPED",
+        step=done,
+        total_steps=training.total_steps,
+        trainable_parameters=training.model.num_parameters(only_trainable=True),
+    )
+    training.report.stage("finished" if is_finished else "stopped", f"step {done}")
+    training.accelerator.end_training()
+
+
+def _read_spec(folder: RunFolder) -> JobSpec:
+    try:
+        return parse_spec(json.loads(folder.spec.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"The run folder {folder.path} has no readable spec.json: {error}.",
+            "Start the run from the studio, or write a JobSpec there.",
+        ) from error
+
+
+def _accelerator(num_gpus: int) -> Accelerator:
+    if num_gpus > 1:
+        raise EngineError(
+            f"The run asks for {num_gpus} GPUs; more than one is not supported yet.",
+            "Set GPUs to 1, or to 0 for a tiny model on the CPU.",
+            "train.num_gpus",
+        )
+    if num_gpus == 1 and not torch.cuda.is_available():
+        raise EngineError(
+            "The run asks for 1 GPU, but PyTorch finds no CUDA GPU on this machine.",
+            "Set GPUs to 0 (tiny models only), or start a worker on a machine with a GPU.",
+            "train.num_gpus",
+        )
+    # No autocast: the base is bfloat16 on CUDA already, and the adapter is float32 on purpose.
+    return Accelerator(cpu=num_gpus == 0, mixed_precision="no")
+
+
+def _refuse_failed(proofs: list[Proof]) -> None:
+    """Stop before the first step where training would be for nothing."""
+    for proof in proofs:
+        if proof.name in ("targets", "mask") and proof.passed is False:
+            raise EngineError(proof.summary, f"See the Proof {proof.name!r} of the run.")
+
+
+def _refuse_not_finite(step: int, loss: float, norm: float, examples: list[Example]) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
+    lines = ", ".join(str(line) for line in sorted({example.line for example in examples}))
+    raise EngineError(
+        f"The {what} at step {step}; the weights were left as they were before it. "
+        f"The step held these lines of the dataset: {lines}.",
+        "Lower the learning rate; if it happens at step 1, look at those lines.",
+        "optim.learning_rate",
+    )
 
 
 @contextmanager

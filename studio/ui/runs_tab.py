@@ -1,0 +1,175 @@
+"""Runs: state, progress, curves, proofs and log, live; all of it read from the store."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from studio.domain.metrics import GRAD_NORM, LEARNING_RATE, LOSS
+from studio.domain.run import RunState
+from studio.domain.spec import spec_to_yaml
+from studio.errors import NotFoundError
+from studio.services import runs
+from studio.services.studio import Studio
+from studio.store.rows import RunRow
+from studio.ui import show
+from studio.ui.chart import chart, chart_value
+from studio.ui.edge import shown
+
+LOOK_SECONDS = 1.5
+EMPTY = show.empty("No run yet", "Choose a dataset and a preset on the Train page and launch.")
+CURVES = (LOSS, LEARNING_RATE, GRAD_NORM)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunsTab:
+    """Components that other tabs and the page's start refer to."""
+
+    pick: gr.Radio
+    to_merge: gr.Button
+    to_chat: gr.Button
+
+
+def choices(studio: Studio) -> list[tuple[str, int]]:
+    """Return the newest Runs as (label, number)."""
+    return [(_label(row), row.id) for row in runs.listing(studio)]
+
+
+def _label(row: RunRow) -> str:
+    steps = f" · {row.step}/{row.total_steps}" if row.total_steps else ""
+    return f"{row.id} · {row.name}\n{row.state.lower()}{steps} · {show.ago(row.created_at)}"
+
+
+def build(studio: Studio) -> RunsTab:
+    """Lay out the tab and wire its events."""
+    timer = gr.Timer(LOOK_SECONDS)
+    seen = gr.State({})
+    with gr.Row():
+        with gr.Column(scale=1, min_width=280):
+            pick = gr.Radio(
+                choices=[], label="Runs, newest first", elem_classes="picklist", elem_id="run-pick"
+            )
+        with gr.Column(scale=3, min_width=320):
+            head = gr.HTML(EMPTY, elem_id="run-head")
+            with gr.Row():
+                stop = gr.Button(
+                    "Stop", variant="stop", interactive=False, min_width=90, elem_id="run-stop"
+                )
+                to_merge = gr.Button(
+                    "Merge ...", interactive=False, min_width=90, elem_id="run-merge"
+                )
+                to_chat = gr.Button("Chat ...", interactive=False, min_width=90, elem_id="run-chat")
+            proofs = gr.HTML(elem_id="run-proofs")
+            loss = chart("Loss (nats per supervised token)", "chart-loss")
+            with gr.Row():
+                with gr.Column(min_width=280):
+                    rate = chart("Learning rate", "chart-learning-rate")
+                with gr.Column(min_width=280):
+                    norm = chart("Gradient norm before clipping", "chart-grad-norm")
+            with gr.Accordion("Log", open=False):
+                log = gr.Textbox(
+                    show_label=False,
+                    lines=14,
+                    max_lines=14,
+                    interactive=False,
+                    autoscroll=True,
+                    elem_classes="log",
+                    elem_id="run-log",
+                    container=False,
+                )
+            with gr.Accordion("Spec", open=False):
+                spec = gr.Code(
+                    language="yaml",
+                    interactive=False,
+                    show_label=False,
+                    buttons=["copy"],
+                    elem_id="run-spec",
+                )
+
+    outputs = [pick, head, stop, to_merge, to_chat, loss, rate, norm, proofs, log, spec]
+
+    def look(run_id: int | None, before: dict[str, Any]) -> list[Any]:
+        return _changed(_values(studio, run_id), before)
+
+    def ask_to_stop(run_id: int | None) -> None:
+        if run_id is None:
+            raise NotFoundError("No run is chosen.", "Choose one in the list.")
+        runs.stop(studio, int(run_id))
+        gr.Info(f"Run {run_id} stops at the next step and keeps what it has learned.")
+
+    watching: dict[str, Any] = {"show_progress": "hidden"}
+    gr.on([timer.tick, pick.change], shown(look), [pick, seen], [seen, *outputs], **watching)
+    pick.change(None, pick, None, js="(run) => window.studio.remember('run', run)")
+    stop.click(shown(ask_to_stop), pick, None).then(
+        shown(look), [pick, seen], [seen, *outputs], **watching
+    )
+    return RunsTab(pick=pick, to_merge=to_merge, to_chat=to_chat)
+
+
+def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
+    """Return for each output what it depends on, and how to make it."""
+    listed = choices(studio)
+    known = [number for _, number in listed]
+    chosen = run_id if run_id in known else (known[0] if known else None)
+    picked = (("pick", listed, chosen), lambda: gr.Radio(choices=listed, value=chosen))
+    if chosen is None:
+        return [picked, *_nothing()]
+    row = runs.get(studio, chosen)
+    done = runs.progress(studio, row)
+    is_over = RunState(row.state).is_final
+    has_adapter = is_over and runs.folder(studio, row.id).adapter.is_dir()
+    curves = runs.curves(studio, row.id, CURVES)
+    head = show.run_head(row, done)
+    found, recalled = runs.proofs(studio, row.id).proofs, runs.recall(studio, row.id)
+    stamps = show.proofs(found, recalled)
+    log = runs.log_tail(studio, row.id)
+    can_stop = row.state in (RunState.QUEUED, RunState.RUNNING)
+    stop_text = "Stopping ..." if row.state == RunState.STOPPING else "Stop"
+    return [
+        picked,
+        (head, lambda: head),
+        ((can_stop, stop_text), lambda: gr.Button(stop_text, interactive=can_stop)),
+        (has_adapter, lambda: gr.Button(interactive=has_adapter)),
+        (has_adapter, lambda: gr.Button(interactive=has_adapter)),
+        *[_curve(chosen, name, curves[name]) for name in CURVES],
+        (stamps, lambda: stamps),
+        (log, lambda: log),
+        (chosen, lambda: spec_to_yaml(runs.spec_of(row))),
+    ]
+
+
+def _curve(run_id: int, name: str, points: Sequence[Any]) -> tuple[Any, Any]:
+    last = points[-1].step if points else 0
+    return (run_id, name, last, len(points)), lambda: chart_value(
+        name, points, smooth=name != LEARNING_RATE
+    )
+
+
+def _nothing() -> list[tuple[Any, Any]]:
+    off = ("off", lambda: gr.Button(interactive=False))
+    blank = ("blank", lambda: chart_value("", []))
+    return [
+        ("empty", lambda: EMPTY),
+        off,
+        off,
+        off,
+        blank,
+        blank,
+        blank,
+        ("", lambda: ""),
+        ("", lambda: ""),
+        ("", lambda: ""),
+    ]
+
+
+def _changed(values: list[tuple[Any, Any]], before: dict[str, Any]) -> list[Any]:
+    """Return only what differs from what this browser shows, so that nothing flickers."""
+    now = {str(index): repr(depends) for index, (depends, _) in enumerate(values)}
+    if now == before:
+        return [gr.skip()] * (len(values) + 1)
+    updates = [
+        gr.skip() if before.get(str(index)) == now[str(index)] else make()
+        for index, (_, make) in enumerate(values)
+    ]
+    return [now, *updates]

@@ -1,0 +1,378 @@
+"""Base and tuned model answer at the same time from one loaded model, over HTTP on loopback."""
+
+import asyncio
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from studio.disk import Home, OrderFolder
+from studio.domain.orders import ChatOrder, MergeOrder, parse_order
+from studio.domain.spec import LoraSpec, ModelRef
+from studio.domain.targets import TargetGroup
+from studio.errors import InputError
+from workers.decode import Sampling
+from workers.engine.model import add_adapter, find_base, load_base
+from workers.merge import merge
+from workers.speakers import Question, Speakers, load_speakers
+
+MODEL = "tiny/qwen3.5"
+TOKEN = "a-token-for-this-test"
+QUESTION = [{"role": "user", "content": "How often should I calibrate it?"}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models are faster on one thread; several wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    home = Home(path=tmp_path_factory.mktemp("home"))
+    home.create()
+    return home
+
+
+def _save_adapter(model_id: str, home: Home) -> Path:
+    folder = home.runs / model_id.replace("/", "-")
+    if not folder.exists():
+        base = load_base(find_base(ModelRef(id=model_id), home), method="lora")
+        groups = (TargetGroup.ATTENTION, TargetGroup.DELTA_NET, TargetGroup.DELTA_NET_GATES)
+        torch.manual_seed(1)
+        model = add_adapter(base, LoraSpec(rank=8, targets=groups))
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.save_pretrained(str(folder))
+    return folder
+
+
+# ---- speakers ---------------------------------------------------------------------------------
+
+
+def test_a_merged_model_speaks_beside_its_base(home: Home) -> None:
+    adapter = _save_adapter(MODEL, home)
+    folder = home.merge(1)
+    folder.path.mkdir()
+    asked = MergeOrder(model=ModelRef(id=MODEL), adapter=str(adapter), run_id=1)
+    folder.order.write_text(asked.model_dump_json(), encoding="utf-8")
+    merge(folder)
+
+    def replies(**values: str) -> list[str]:
+        order = ChatOrder(model=ModelRef(id=MODEL), method="lora", token=TOKEN, **values)
+        speakers = load_speakers(order, home)
+        assert speakers.names == ("base", "tuned")
+        return [asyncio.run(_reply(speakers, name)) for name in speakers.names]
+
+    with_merge = replies(merged=str(folder.weights))
+    assert with_merge[0] != with_merge[1]
+    assert with_merge == replies(adapter=str(adapter))
+
+
+async def _reply(speakers: Speakers, name: str) -> str:
+    question = Question(
+        speaker=name,
+        messages=QUESTION,
+        tools=[],
+        enable_thinking=False,
+        sampling=Sampling(),
+        stop=[],
+        max_tokens=12,
+    )
+    prompt = await speakers.read(question)
+    return "".join([piece.content async for piece in speakers.answer(question, prompt)])
+
+
+def test_an_order_with_adapter_and_merge_is_refused() -> None:
+    with pytest.raises(ValueError, match="serves one of them"):
+        ChatOrder(model=ModelRef(), method="lora", adapter="a", merged="m", token=TOKEN)
+
+
+def test_the_token_is_not_repeated_in_an_error() -> None:
+    text = json.dumps({"version": 1, "token": TOKEN, "method": "none", "model": {}})
+    with pytest.raises(InputError, match="method") as caught:
+        parse_order(ChatOrder, text)
+    assert TOKEN not in str(caught.value)
+
+
+# ---- the process ------------------------------------------------------------------------------
+
+
+class Server:
+    """A chat process, and a client of it."""
+
+    def __init__(self, folder: OrderFolder, process: subprocess.Popen[bytes]) -> None:
+        self.folder, self.process = folder, process
+        self.ready = json.loads(folder.ready.read_text())
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.ready['port']}",
+            headers={"Authorization": f"Bearer {TOKEN}"},
+            timeout=60,
+        )
+
+    def ask(self, **values: Any) -> httpx.Response:
+        body = {"model": "tuned", "messages": QUESTION, "temperature": 0, "max_tokens": 16}
+        return self.client.post("/v1/chat/completions", json={**body, **values})
+
+    def stream(self, **values: Any) -> Iterator[dict[str, Any]]:
+        body = {"model": "tuned", "messages": QUESTION, "temperature": 0, "max_tokens": 16}
+        body |= {**values, "stream": True}
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.headers["content-type"].startswith("text/event-stream")
+            lines = [line for line in response.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]"
+        yield from (json.loads(line.removeprefix("data: ")) for line in lines[:-1])
+
+    def replies_under_way(self) -> int:
+        return int(self.client.get("/healthz").json()["replies"])
+
+
+def _start(folder: OrderFolder, **values: Any) -> subprocess.Popen[bytes]:
+    folder.path.mkdir(parents=True)
+    order = ChatOrder.model_validate({"token": TOKEN, "method": "qlora", **values})
+    folder.order.write_text(order.model_dump_json(), encoding="utf-8")
+    with folder.log.open("wb") as log:
+        return subprocess.Popen(
+            ["env", "OMP_NUM_THREADS=1", sys.executable, "-m", "workers.chat", str(folder.path)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def _until(holds: Callable[[], bool], *, seconds: float, log: Path) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def server(home: Home) -> Iterator[Server]:
+    adapter = _save_adapter(MODEL, home)
+    folder = home.chat(1)
+    process = _start(folder, model={"id": MODEL}, adapter=str(adapter), run_id=1, method="qlora")
+    try:
+        _until(folder.ready.exists, seconds=60, log=folder.log)
+        yield Server(folder, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_both_models_are_listed_and_answer_differently(server: Server) -> None:
+    assert server.ready["pid"] == server.process.pid
+    assert server.ready["models"] == ["base", "tuned"]
+    models = server.client.get("/v1/models").json()
+    assert [model["id"] for model in models["data"]] == ["base", "tuned"]
+    base, tuned = (server.ask(model=name).json() for name in ("base", "tuned"))
+
+    assert base["object"] == "chat.completion"
+    assert base["choices"][0]["message"]["role"] == "assistant"
+    assert base["choices"][0]["message"]["content"]
+    assert base["choices"][0]["message"] != tuned["choices"][0]["message"]
+    assert tuned["model"] == "tuned"
+
+
+def test_a_stream_ends_with_usage_and_is_the_whole_reply_in_pieces(server: Server) -> None:
+    whole = server.ask().json()
+    chunks = list(server.stream())
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+
+    assert deltas[0] == {"role": "assistant", "content": ""}
+    assert (
+        "".join(d.get("content", "") for d in deltas) == whole["choices"][0]["message"]["content"]
+    )
+    assert len([delta for delta in deltas if delta.get("content")]) > 3
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert whole["usage"]["completion_tokens"] == 16
+    assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_seed_stop_and_thinking_are_obeyed(server: Server) -> None:
+    def content(**values: Any) -> str:
+        return str(server.ask(**values).json()["choices"][0]["message"]["content"])
+
+    drawn = content(temperature=1.5, seed=5)
+    assert drawn == content(temperature=1.5, seed=5) != content(temperature=1.5, seed=6)
+    whole = content()
+    stop = whole[4:7]
+    cut = server.ask(stop=stop).json()["choices"][0]
+    assert cut["message"]["content"] == whole[: whole.index(stop)]
+    assert cut["finish_reason"] == "stop"
+    thought = server.ask(chat_template_kwargs={"enable_thinking": True}).json()
+    assert thought["choices"][0]["message"]["reasoning_content"]
+    assert thought["choices"][0]["message"]["content"] == ""
+
+
+def test_replies_at_the_same_time_equal_replies_one_after_another(server: Server) -> None:
+    alone = {name: _text(list(server.stream(model=name))) for name in ("base", "tuned")}
+    together: dict[str, str] = {}
+    times: dict[str, tuple[float, float]] = {}
+
+    def ask(name: str) -> None:
+        start = time.monotonic()
+        together[name] = _text(list(server.stream(model=name)))
+        times[name] = (start, time.monotonic())
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in ("base", "tuned")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert together == alone
+    assert times["base"][0] < times["tuned"][1]
+    assert times["tuned"][0] < times["base"][1]
+
+
+def _text(chunks: list[dict[str, Any]]) -> str:
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_the_model(server: Server, stream: bool) -> None:
+    body = {
+        "model": "base",
+        "messages": QUESTION,
+        "temperature": 0,
+        "max_tokens": 3000,
+        "stream": stream,
+    }
+    with (
+        pytest.raises(httpx.ReadTimeout),
+        server.client.stream("POST", "/v1/chat/completions", json=body, timeout=0.5) as response,
+    ):
+        lines = (line for line in response.iter_lines() if line)
+        assert sum(1 for _ in itertools.islice(lines, 3)) == 3
+        assert server.replies_under_way() == 1
+        raise httpx.ReadTimeout("pressed the stop button")
+    _until(lambda: server.replies_under_way() == 0, seconds=2, log=server.folder.log)
+
+    assert server.ask(max_tokens=2).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/v1/chat/completions", "/nowhere"])
+def test_a_wrong_token_is_refused_everywhere(server: Server, path: str) -> None:
+    for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+        response = httpx.post(server.client.base_url.join(path), headers=header)
+        assert response.status_code == 401
+        assert response.json()["error"]["message"].endswith("missing or wrong.")
+
+
+@pytest.mark.parametrize(
+    ("values", "status", "said"),
+    [
+        ({"temprature": 1}, 422, "temprature is not a field that this server knows."),
+        ({"temperature": 3}, 422, "temperature: input should be less than or equal to 2."),
+        ({"temperature": "1"}, 422, "temperature: input should be a valid number."),
+        ({"n": 2}, 422, "n: input should be 1."),
+        ({"stop": ["a"] * 5}, 422, "stop: at most 4 stop sequences are taken"),
+        ({"chat_template_kwargs": {"x": 1}}, 422, "chat_template_kwargs.x is not a field"),
+        ({"model": "gpt"}, 404, "There is no model 'gpt' here. Choose one of: base, tuned."),
+        ({"messages": [{"role": "robot", "content": ""}]}, 400, "messages[0].role"),
+        ({"messages": [{"role": "system", "content": "x"}]}, 400, "chat template refuses"),
+        ({"messages": [{"role": "user", "content": "tide " * 5000}]}, 400, "the context of the"),
+    ],
+)
+def test_a_wrong_request_is_refused_with_a_sentence(
+    server: Server, values: dict[str, Any], status: int, said: str
+) -> None:
+    response = server.ask(**values)
+    error = response.json()["error"]
+
+    assert response.status_code == status
+    assert said in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert "Traceback" not in response.text
+
+
+def test_standard_fields_that_change_nothing_are_taken(server: Server) -> None:
+    tools = [{"type": "function", "function": {"name": "get_tide", "parameters": {}}}]
+    usual = {"n": 1, "frequency_penalty": 0, "presence_penalty": 0.0, "user": "me", "stop": None}
+    with_tools = server.ask(**usual, tools=tools).json()
+
+    assert with_tools["usage"]["prompt_tokens"] > 2 * server.ask().json()["usage"]["prompt_tokens"]
+    unknown = server.client.get("/v1/unknown")
+    assert (unknown.status_code, unknown.json()["error"]["message"]) == (404, "Not Found")
+    broken = server.client.post("/v1/chat/completions", content=b"{")
+    assert broken.status_code == 422
+    assert broken.json()["error"]["message"]
+
+
+def test_a_request_for_more_than_the_context_ends_with_its_length(server: Server) -> None:
+    prompt = [{"role": "user", "content": "tide " * 4000}]
+    used = server.ask(messages=prompt, max_tokens=1).json()
+    if "error" not in used:
+        assert used["usage"]["total_tokens"] <= 4096
+
+
+def test_sigterm_ends_the_process_within_two_seconds_even_while_it_answers(server: Server) -> None:
+    said: list[str] = []
+    thread = threading.Thread(
+        target=lambda: said.append(server.ask(max_tokens=3000).json()["error"]["message"])
+    )
+    thread.start()
+    _until(lambda: server.replies_under_way() == 1, seconds=5, log=server.folder.log)
+    start = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(timeout=10)
+
+    assert time.monotonic() - start < 2
+    assert not server.folder.ready.exists()
+    thread.join(timeout=5)
+    assert said == ["The Chat was closed while it answered. Open it again."]
+
+
+def test_a_chat_dies_with_its_parent(home: Home) -> None:
+    folder = home.chat(2)
+    folder.path.mkdir()
+    # A pipe that nobody writes to: the process waits at its first act, reading the order.
+    os.mkfifo(folder.order)
+    command = [sys.executable, "-m", "workers.chat", str(folder.path)]
+    script = (
+        f"import subprocess; p = subprocess.Popen({command}); print(p.pid, flush=True); p.wait()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    pipe = _writing_end(folder.order)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _until(lambda: not _is_alive(child), seconds=2, log=Path(os.devnull))
+    os.close(pipe)
+
+
+def _writing_end(pipe: Path) -> int:
+    """Open a pipe for writing as soon as somebody reads it."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            assert error.errno == errno.ENXIO
+            time.sleep(0.02)
+    raise TimeoutError(pipe)
+
+
+def _is_alive(pid: int) -> bool:
+    status = Path("/proc") / str(pid) / "status"
+    return status.exists() and "State:\tZ" not in status.read_text()
