@@ -4,10 +4,8 @@ Exit codes: 0 done, 1 our fault, 2 the input or the machine is not right (stderr
 """
 
 import logging
-import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +17,12 @@ from studio.doctor import examine
 from studio.domain.spec import JobSpec
 from studio.domain.validation import check_file
 from studio.errors import InputError, MachineError, StudioError
+from studio.serve import check_port, serve_page
 from studio.services import artifacts, chats, datasets, runs, workers
 from studio.services.studio import Studio, open_studio
 from studio.settings import Settings
 from studio.terminal import err, out, say_json
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 USER_ERROR, OUR_ERROR = 2, 1
 
 app = typer.Typer(
@@ -62,58 +60,7 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port to listen on.", min=1, max=65535)] = None,
 ) -> None:
     """Start the page and one worker process."""
-    _serve_page(_settings(home, host=host, port=port))
-
-
-def _serve_page(settings: Settings) -> None:
-    if settings.host not in LOOPBACK:
-        raise InputError(
-            f"The page cannot listen on {settings.host}: it has no login yet.",
-            "Listen on 127.0.0.1, and reach it from elsewhere through `ssh -L`.",
-        )
-    _check_port(settings.host, settings.port)
-    studio = open_studio(settings)
-    with workers.need_worker(studio):
-        err.print("Delta Studio is starting ...")
-        import uvicorn
-
-        from studio.ui.app import build_app  # gradio alone takes 3 to 5 s to import
-
-        config = uvicorn.Config(
-            build_app(studio),
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            timeout_graceful_shutdown=2,
-        )
-        watch = threading.Thread(target=_keep_worker, args=(studio,), daemon=True)
-        watch.start()
-        err.print(f"Delta Studio is open at http://{settings.host}:{settings.port}")
-        uvicorn.Server(config).run()
-    err.print("The page is closed; a run that trains goes on in the background.")
-
-
-def _keep_worker(studio: Studio) -> None:
-    while True:
-        threading.Event().wait(5)
-        try:
-            workers.ensure_worker(studio.home)
-        except StudioError as error:
-            err.print(str(error), markup=False)
-
-
-def _check_port(host: str, port: int) -> None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise MachineError(
-                f"Port {port} on {host} is in use.",
-                f"Choose another with --port, for instance --port {port + 1}, "
-                "or close what listens there.",
-            ) from error
+    serve_page(_settings(home, host=host, port=port))
 
 
 @app.command()
@@ -138,10 +85,10 @@ def demo(
     """Run the main job on the example data, then leave the studio open."""
     settings = _settings(home, port=port)
     if not stop_after:
-        _check_port(settings.host, settings.port)
+        check_port(settings.host, settings.port)
     passed = run_demo(open_studio(settings))
     if not stop_after:
-        _serve_page(settings)
+        serve_page(settings)
     if not passed:
         raise typer.Exit(OUR_ERROR)
 

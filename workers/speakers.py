@@ -106,6 +106,8 @@ class Speakers:
             while (
                 piece := await loop.run_in_executor(self._thread, next, reply, None)
             ) is not None:
+                if self._is_closing:
+                    raise EngineError("The Chat was closed while it answered.", "Open it again.")
                 yield piece
         finally:
             self.num_replies -= 1

@@ -1,6 +1,5 @@
 """Base and tuned model answer at the same time from one loaded model, over HTTP on loopback."""
 
-import asyncio
 import errno
 import itertools
 import json
@@ -16,102 +15,16 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from studio.disk import Home, OrderFolder
-from studio.domain.orders import ChatOrder, MergeOrder, parse_order
-from studio.domain.spec import LoraSpec, ModelRef
-from studio.domain.targets import TargetGroup
-from studio.errors import InputError
-from workers.decode import Sampling
-from workers.engine.model import add_adapter, find_base, load_base
-from workers.merge import merge
-from workers.speakers import Question, Speakers, load_speakers
+from studio.domain.orders import ChatOrder
 
 MODEL = "tiny/qwen3.5"
 TOKEN = "a-token-for-this-test"
 QUESTION = [{"role": "user", "content": "How often should I calibrate it?"}]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny models are faster on one thread; several wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    home = Home(path=tmp_path_factory.mktemp("home"))
-    home.create()
-    return home
-
-
-def _save_adapter(model_id: str, home: Home) -> Path:
-    folder = home.runs / model_id.replace("/", "-")
-    if not folder.exists():
-        base = load_base(find_base(ModelRef(id=model_id), home), method="lora")
-        groups = (TargetGroup.ATTENTION, TargetGroup.DELTA_NET, TargetGroup.DELTA_NET_GATES)
-        torch.manual_seed(1)
-        model = add_adapter(base, LoraSpec(rank=8, targets=groups))
-        for name, parameter in model.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        model.save_pretrained(str(folder))
-    return folder
-
-
-# ---- speakers ---------------------------------------------------------------------------------
-
-
-def test_a_merged_model_speaks_beside_its_base(home: Home) -> None:
-    adapter = _save_adapter(MODEL, home)
-    folder = home.merge(1)
-    folder.path.mkdir()
-    asked = MergeOrder(model=ModelRef(id=MODEL), adapter=str(adapter), run_id=1)
-    folder.order.write_text(asked.model_dump_json(), encoding="utf-8")
-    merge(folder)
-
-    def replies(**values: str) -> list[str]:
-        order = ChatOrder(model=ModelRef(id=MODEL), method="lora", token=TOKEN, **values)
-        speakers = load_speakers(order, home)
-        assert speakers.names == ("base", "tuned")
-        return [asyncio.run(_reply(speakers, name)) for name in speakers.names]
-
-    with_merge = replies(merged=str(folder.weights))
-    assert with_merge[0] != with_merge[1]
-    assert with_merge == replies(adapter=str(adapter))
-
-
-async def _reply(speakers: Speakers, name: str) -> str:
-    question = Question(
-        speaker=name,
-        messages=QUESTION,
-        tools=[],
-        enable_thinking=False,
-        sampling=Sampling(),
-        stop=[],
-        max_tokens=12,
-    )
-    prompt = await speakers.read(question)
-    return "".join([piece.content async for piece in speakers.answer(question, prompt)])
-
-
-def test_an_order_with_adapter_and_merge_is_refused() -> None:
-    with pytest.raises(ValueError, match="serves one of them"):
-        ChatOrder(model=ModelRef(), method="lora", adapter="a", merged="m", token=TOKEN)
-
-
-def test_the_token_is_not_repeated_in_an_error() -> None:
-    text = json.dumps({"version": 1, "token": TOKEN, "method": "none", "model": {}})
-    with pytest.raises(InputError, match="method") as caught:
-        parse_order(ChatOrder, text)
-    assert TOKEN not in str(caught.value)
-
-
-# ---- the process ------------------------------------------------------------------------------
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Server:
@@ -127,10 +40,12 @@ class Server:
         )
 
     def ask(self, **values: Any) -> httpx.Response:
+        """Ask the tuned model for a short greedy reply, or as `values` say."""
         body = {"model": "tuned", "messages": QUESTION, "temperature": 0, "max_tokens": 16}
         return self.client.post("/v1/chat/completions", json={**body, **values})
 
     def stream(self, **values: Any) -> Iterator[dict[str, Any]]:
+        """Ask the same, and yield the chunks of the reply."""
         body = {"model": "tuned", "messages": QUESTION, "temperature": 0, "max_tokens": 16}
         body |= {**values, "stream": True}
         with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -140,6 +55,7 @@ class Server:
         yield from (json.loads(line.removeprefix("data: ")) for line in lines[:-1])
 
     def replies_under_way(self) -> int:
+        """Return how many replies the process is writing."""
         return int(self.client.get("/healthz").json()["replies"])
 
 
@@ -163,9 +79,9 @@ def _until(holds: Callable[[], bool], *, seconds: float, log: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def server(home: Home) -> Iterator[Server]:
-    adapter = _save_adapter(MODEL, home)
-    folder = home.chat(1)
+def server(models_home: Home, adapter_of: Callable[[str], Path]) -> Iterator[Server]:
+    adapter = adapter_of(MODEL)
+    folder = models_home.chat(1)
     process = _start(folder, model={"id": MODEL}, adapter=str(adapter), run_id=1, method="qlora")
     try:
         _until(folder.ready.exists, seconds=60, log=folder.log)
@@ -247,25 +163,22 @@ def _text(chunks: list[dict[str, Any]]) -> str:
     return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_the_model(server: Server, stream: bool) -> None:
-    body = {
-        "model": "base",
-        "messages": QUESTION,
-        "temperature": 0,
-        "max_tokens": 3000,
-        "stream": stream,
-    }
-    with (
-        pytest.raises(httpx.ReadTimeout),
-        server.client.stream("POST", "/v1/chat/completions", json=body, timeout=0.5) as response,
-    ):
+def test_a_client_that_leaves_a_stream_frees_the_model(server: Server) -> None:
+    body = {"model": "base", "messages": QUESTION, "temperature": 0, "max_tokens": 3000}
+    body["stream"] = True
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
         lines = (line for line in response.iter_lines() if line)
-        assert sum(1 for _ in itertools.islice(lines, 3)) == 3
+        assert len(list(itertools.islice(lines, 3))) == 3
         assert server.replies_under_way() == 1
-        raise httpx.ReadTimeout("pressed the stop button")
     _until(lambda: server.replies_under_way() == 0, seconds=2, log=server.folder.log)
+    assert server.ask(max_tokens=2).status_code == 200
 
+
+def test_a_client_that_waits_no_longer_frees_the_model(server: Server) -> None:
+    body = {"model": "base", "messages": QUESTION, "temperature": 0, "max_tokens": 3000}
+    with pytest.raises(httpx.ReadTimeout):
+        server.client.post("/v1/chat/completions", json=body, timeout=0.5)
+    _until(lambda: server.replies_under_way() == 0, seconds=2, log=server.folder.log)
     assert server.ask(max_tokens=2).status_code == 200
 
 
@@ -341,8 +254,8 @@ def test_sigterm_ends_the_process_within_two_seconds_even_while_it_answers(serve
     assert said == ["The Chat was closed while it answered. Open it again."]
 
 
-def test_a_chat_dies_with_its_parent(home: Home) -> None:
-    folder = home.chat(2)
+def test_a_chat_dies_with_its_parent(models_home: Home) -> None:
+    folder = models_home.chat(2)
     folder.path.mkdir()
     # A pipe that nobody writes to: the process waits at its first act, reading the order.
     os.mkfifo(folder.order)
@@ -368,7 +281,8 @@ def _writing_end(pipe: Path) -> int:
         try:
             return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
         except OSError as error:
-            assert error.errno == errno.ENXIO
+            if error.errno != errno.ENXIO:
+                raise
             time.sleep(0.02)
     raise TimeoutError(pipe)
 

@@ -1,0 +1,240 @@
+"""The main job in a real browser: upload, launch, watch, reload, stop, launch, merge, chat."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
+
+from studio.disk import TEMPLATES
+from tests.e2e.conftest import SCREENSHOTS, Running
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
+
+CHROMIUM = "/usr/bin/chromium"
+EXAMPLE = TEMPLATES / "data" / "tidemark-support.jsonl"
+SECOND = 1000
+START, TRAIN = 90 * SECOND, 150 * SECOND
+TABS = ("Datasets", "Train", "Runs", "Artifacts", "Chat")
+WIDTHS = (1440, 390)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # The background flags keep Chromium itself from calling home, so that every request that
+        # the test sees is the page's.
+        yield playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-background-networking",
+                "--disable-sync",
+                "--disable-component-update",
+                "--no-first-run",
+            ],
+        )
+
+
+class Watched:
+    """A page, and everything that went wrong on it."""
+
+    def __init__(self, browser: Browser, running: Running) -> None:
+        context = browser.new_context(viewport={"width": 1440, "height": 1000})
+        context.set_default_timeout(30 * SECOND)
+        self.page: Page = context.new_page()
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+        self._own = running.url
+        self.page.on("request", self._request)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("console", self._console)
+
+    def _request(self, request: Request) -> None:
+        if not request.url.startswith((self._own, "data:", "blob:")):
+            self.foreign.append(request.url)
+
+    def _console(self, message: object) -> None:
+        text = str(getattr(message, "text", message))
+        if "Content Security Policy" in text:
+            self.errors.append(text)
+
+
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def field(page: Page, elem_id: str) -> Locator:
+    return page.locator(f"#{elem_id} input, #{elem_id} textarea").first
+
+
+def num_points(page: Page, chart: str) -> int:
+    svg = page.locator(f"#{chart} svg")
+    if svg.count() == 0:
+        return 0
+    found = re.search(r"(\d+) points", svg.first.get_attribute("aria-label") or "")
+    return int(found.group(1)) if found else 0
+
+
+def wait_points(page: Page, chart: str, more_than: int) -> int:
+    for _ in range(TRAIN // 250):
+        if (count := num_points(page, chart)) > more_than:
+            return count
+        page.wait_for_timeout(250)
+    raise AssertionError(f"{chart} has {num_points(page, chart)} points, not more than {more_than}")
+
+
+def wait_state(page: Page, state: str) -> None:
+    expect(page.locator("#run-head .chip")).to_have_text(state, timeout=TRAIN)
+
+
+def shoot(page: Page, name: str) -> None:
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    size = page.viewport_size
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(400)
+        page.screenshot(path=SCREENSHOTS / f"{name}-{width}.png", full_page=True)
+        wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        assert wide <= 1, f"{name} is {wide} px wider than a screen of {width} px"
+    if size:
+        page.set_viewport_size(size)
+
+
+def test_main_job_in_the_browser(browser: Browser, running: Running, tmp_path: Path) -> None:
+    watched = Watched(browser, running)
+    page = watched.page
+    page.goto(running.url)
+    expect(page.get_by_text("No dataset yet")).to_be_visible(timeout=START)
+    refuses_a_bad_file(page, tmp_path)
+    uploads(page)
+    launches(page)
+    follows_and_reloads(page, browser, running)
+    stops(page)
+    trains_to_the_end(page)
+    merges(page)
+    chats(page)
+    assert watched.foreign == []
+    assert watched.errors == []
+
+
+def refuses_a_bad_file(page: Page, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"messages": [{"role": "bot", "content": "<b>hi</b>"}]}) + "\n")
+    page.locator("#dataset-upload input[type=file]").set_input_files(bad)
+    answer = page.locator("#dataset-answer")
+    expect(answer).to_contain_text("bad.jsonl was not stored: 1 error")
+    expect(answer).to_contain_text("messages[0].role")
+    shoot(page, "datasets-refused")
+    page.locator("#dataset-upload").get_by_label("Clear").or_(
+        page.locator("#dataset-upload button[aria-label='Remove this file']")
+    ).first.click()
+
+
+def uploads(page: Page) -> None:
+    page.locator("#dataset-upload input[type=file]").set_input_files(EXAMPLE)
+    expect(page.locator("#dataset-answer")).to_contain_text("200 conversations")
+    expect(page.locator("#dataset-report")).to_contain_text("Recognised as OpenAI messages")
+    expect(page.locator("#dataset-preview")).to_contain_text("The warranty lasts 31 months.")
+    page.locator("#dataset-forward").click()
+    expect(page.locator("#dataset-preview")).to_contain_text("System message")
+    shoot(page, "datasets")
+
+
+def launches(page: Page) -> None:
+    tab(page, "Train")
+    total = page.locator("#train-total")
+    expect(total).to_contain_text("606,976")
+    page.get_by_label(re.compile("Dense MLP")).uncheck()
+    expect(total).to_contain_text("312,064")
+    page.get_by_label(re.compile("Dense MLP")).check()
+    expect(total).to_contain_text("606,976")
+    page.get_by_label("Advanced", exact=True).check()
+    field(page, "field-optim-learning_rate").fill("nan")
+    expect(page.locator("#train-trouble")).to_contain_text("optim.learning_rate is")
+    field(page, "field-optim-learning_rate").fill("5e-3")
+    expect(page.locator("#train-trouble")).not_to_contain_text("learning_rate")
+    field(page, "field-name").fill("A run with a <b>long</b> name " + "that goes on " * 6)
+    shoot(page, "train-advanced")
+    page.get_by_label("Simple", exact=True).check()
+    shoot(page, "train")
+    page.locator("#train-launch").click()
+    expect(page.get_by_role("tab", name="Runs")).to_have_attribute("aria-selected", "true")
+
+
+def follows_and_reloads(page: Page, browser: Browser, running: Running) -> None:
+    wait_state(page, "RUNNING")
+    before = wait_points(page, "chart-loss", 1)
+    wait_points(page, "chart-loss", before)  # the chart moves
+    page.reload()
+    expect(page.get_by_role("tab", name="Runs")).to_have_attribute(
+        "aria-selected", "true", timeout=START
+    )
+    wait_points(page, "chart-loss", before)
+    assert num_points(page, "chart-learning-rate") > before
+    assert num_points(page, "chart-grad-norm") > before
+    other = Watched(browser, running)
+    other.page.goto(f"{running.url}/?tab=runs")
+    wait_points(other.page, "chart-loss", before)
+    other.page.context.close()
+    expect(page.locator("#run-proofs")).to_contain_text("606,976 trainable parameters")
+    shoot(page, "runs-live")
+
+
+def stops(page: Page) -> None:
+    page.locator("#run-stop").click()
+    wait_state(page, "STOPPED")
+    expect(page.locator("#run-stop")).to_be_disabled()
+
+
+def trains_to_the_end(page: Page) -> None:
+    tab(page, "Train")
+    field(page, "field-train-epochs").fill("1")
+    page.locator("#train-launch").click()
+    expect(page.get_by_role("tab", name="Runs")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#run-head h3")).to_contain_text("2 · ")
+    wait_state(page, "FINISHED")
+    expect(page.locator("#run-proofs .stamp.bad")).to_have_count(0)
+    page.get_by_role("button", name="Log").click()
+    expect(field(page, "run-log")).not_to_have_value("")
+    shoot(page, "runs")
+
+
+def merges(page: Page) -> None:
+    page.locator("#run-merge").click()
+    expect(page.get_by_role("tab", name="Artifacts")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#artifact-pick input")).to_have_value(re.compile("run 2"))
+    page.locator("#artifact-merge").click()
+    card = page.locator("#artifact-list .card").first
+    expect(card).to_have_attribute("data-state", "FINISHED", timeout=TRAIN)
+    expect(card.locator(".seal")).to_contain_text("PASSED")
+    shoot(page, "artifacts")
+    page.go_back()
+    expect(page.get_by_role("tab", name="Runs")).to_have_attribute("aria-selected", "true")
+
+
+def chats(page: Page) -> None:
+    tab(page, "Chat")
+    expect(page.locator("#chat-pick input")).to_have_value(re.compile("merge 1"))
+    ask(page, "How long is the Tidemark warranty?")
+    for side in ("base", "tuned"):
+        bot = page.locator(f"#chat-{side} .bot")
+        expect(bot.first).not_to_be_empty(timeout=START)
+    expect(page.locator("#chat-send")).to_be_enabled(timeout=START)
+    shoot(page, "chat")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("number input for Longest answer (tokens)").fill("2048")
+    page.get_by_label("number input for Temperature").fill("2")
+    ask(page, "And the Mini?")
+    expect(page.locator("#chat-stop")).to_be_enabled()
+    page.wait_for_timeout(1500)
+    page.locator("#chat-stop").click()
+    expect(page.locator("#chat-send")).to_be_enabled()
+    expect(page.locator("#chat-stop")).to_be_disabled()
+
+
+def ask(page: Page, text: str) -> None:
+    field(page, "chat-message").fill(text)
+    page.locator("#chat-send").click()

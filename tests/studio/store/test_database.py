@@ -1,0 +1,177 @@
+"""The database: claims, fencing, migrations, and what happens when the machine is not right."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine, text
+
+from studio.domain.metrics import Point
+from studio.domain.run import RunState
+from studio.errors import MachineError
+from studio.store import leases, runs
+from studio.store.database import Database
+from studio.store.rows import Base, DatasetRow, RunRow
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Database:
+    return Database(tmp_path / "studio.db")
+
+
+def add_runs(database: Database, count: int) -> None:
+    with database.write() as session:
+        dataset = DatasetRow(
+            name="d",
+            sha256="0",
+            source_name="d",
+            num_conversations=1,
+            size_bytes=1,
+            report={},
+            created_at=1.0,
+        )
+        session.add(dataset)
+        session.flush()
+        for number in range(count):
+            session.add(
+                RunRow(name=str(number), preset="", dataset_id=dataset.id, spec={}, created_at=1.0)
+            )
+
+
+def claim(database: Database, owner: str, max_live: int = 1_000) -> RunRow | None:
+    with database.write() as session:
+        return leases.claim(session, RunRow, owner=owner, now=100.0, max_live=max_live)
+
+
+def lease_of(row: RunRow) -> leases.Lease:
+    return leases.Lease(table=RunRow, id=row.id, epoch=row.epoch, owner=str(row.owner))
+
+
+def test_migrations_make_the_schema_that_the_rows_describe(database: Database) -> None:
+    engine = create_engine(f"sqlite:///{database.path}")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+    engine.dispose()
+
+
+def test_a_database_of_a_newer_version_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "studio.db"
+    Database(path).close()
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+    engine.dispose()
+    with pytest.raises(MachineError, match=r"newer Delta Studio \(schema 9999\)"):
+        Database(path)
+
+
+def test_many_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from studio.store.database import Database; "
+        "Database(Path(sys.argv[1]))"
+    )
+    path = str(tmp_path / "studio.db")
+    starts = [subprocess.Popen([sys.executable, "-c", code, path]) for _ in range(4)]
+    assert [start.wait() for start in starts] == [0, 0, 0, 0]
+
+
+def test_each_run_is_claimed_once_by_competing_workers(database: Database) -> None:
+    add_runs(database, 60)
+    claimed: list[int] = []
+
+    def work(owner: str) -> None:
+        while (row := claim(database, owner)) is not None:
+            claimed.append(row.id)
+
+    threads = [threading.Thread(target=work, args=(str(n),)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == list(range(1, 61))
+
+
+def test_no_more_runs_are_live_than_allowed(database: Database) -> None:
+    add_runs(database, 2)
+    assert claim(database, "a", max_live=1) is not None
+    assert claim(database, "b", max_live=1) is None
+
+
+def test_a_stale_lease_writes_nothing(database: Database) -> None:
+    add_runs(database, 1)
+    first = claim(database, "a")
+    assert first is not None
+    stale = lease_of(first)
+    with database.write() as session:
+        row = session.get(RunRow, 1)
+        assert row is not None
+        row.state = RunState.QUEUED  # as a reconciler of a later version would do
+    second = claim(database, "b")
+    assert second is not None
+    assert second.epoch == first.epoch + 1
+    with database.write() as session:
+        assert leases.renew(session, stale, now=200.0, values={"step": 7}) is None
+        assert not leases.finish(session, stale, RunState.FINISHED, now=200.0, values={})
+    with database.read() as session:
+        row = session.get(RunRow, 1)
+    assert row is not None
+    assert (row.state, row.step, row.owner) == (RunState.RUNNING, 0, "b")
+
+
+def test_only_allowed_moves_are_made(database: Database) -> None:
+    add_runs(database, 1)
+    with database.write() as session:
+        assert not leases.move(session, RunRow, 1, RunState.STOPPING, now=1.0)
+        assert leases.move(session, RunRow, 1, RunState.STOPPED, now=1.0)
+        assert not leases.move(session, RunRow, 1, RunState.STOPPED, now=1.0)
+
+
+def test_a_finished_run_cannot_be_finished_again(database: Database) -> None:
+    add_runs(database, 1)
+    row = claim(database, "a")
+    assert row is not None
+    with database.write() as session:
+        assert leases.finish(session, lease_of(row), RunState.FINISHED, now=2.0, values={})
+    with database.write() as session:
+        assert not leases.finish(session, lease_of(row), RunState.FAILED, now=3.0, values={})
+
+
+def test_a_point_that_is_stored_again_is_replaced(database: Database) -> None:
+    add_runs(database, 1)
+    with database.write() as session:
+        runs.add_points(session, 1, [Point(step=1, name="loss", value=3.0)])
+        runs.add_points(session, 1, [Point(step=1, name="loss", value=2.0)])
+    with database.read() as session:
+        assert [p.value for p in runs.curve(session, 1, "loss")] == [2.0]
+
+
+def test_readers_do_not_wait_for_a_writer(database: Database) -> None:
+    add_runs(database, 1)
+    inside, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with database.write():
+            inside.set()
+            leave.wait(10)
+
+    writer = threading.Thread(target=hold)
+    writer.start()
+    inside.wait(10)
+    began = time.monotonic()
+    with database.read() as session:
+        assert len(runs.listing(session, 10)) == 1
+    waited = time.monotonic() - began
+    leave.set()
+    writer.join()
+    assert waited < 5  # the writer would have held it for ten seconds
+
+
+def test_a_missing_folder_is_said_in_words(tmp_path: Path) -> None:
+    with pytest.raises((MachineError, FileNotFoundError)):
+        Database(tmp_path / "nowhere" / "studio.db")

@@ -1,0 +1,69 @@
+"""A Chat serves a base, and beside it an Adapter on it or a Merge."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from studio.disk import Home
+from studio.domain.orders import ChatOrder, MergeOrder, parse_order
+from studio.domain.spec import ModelRef
+from studio.errors import InputError
+from workers.decode import Sampling
+from workers.merge import merge
+from workers.speakers import Question, Speakers, load_speakers
+
+MODEL = "tiny/qwen3.5"
+TOKEN = "a-token-for-this-test"
+QUESTION = [{"role": "user", "content": "How often should I calibrate it?"}]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_a_merged_model_speaks_beside_its_base(
+    models_home: Home, adapter_of: Callable[[str], Path]
+) -> None:
+    adapter = adapter_of(MODEL)
+    folder = models_home.merge(1)
+    folder.path.mkdir()
+    asked = MergeOrder(model=ModelRef(id=MODEL), adapter=str(adapter), run_id=1)
+    folder.order.write_text(asked.model_dump_json(), encoding="utf-8")
+    merge(folder)
+
+    def replies(**values: str) -> list[str]:
+        order = ChatOrder(model=ModelRef(id=MODEL), method="lora", token=TOKEN, **values)
+        speakers = load_speakers(order, models_home)
+        assert speakers.names == ("base", "tuned")
+        return [asyncio.run(_reply(speakers, name)) for name in speakers.names]
+
+    with_merge = replies(merged=str(folder.weights))
+    assert with_merge[0] != with_merge[1]
+    assert with_merge == replies(adapter=str(adapter))
+
+
+async def _reply(speakers: Speakers, name: str) -> str:
+    question = Question(
+        speaker=name,
+        messages=QUESTION,
+        tools=[],
+        enable_thinking=False,
+        sampling=Sampling(),
+        stop=[],
+        max_tokens=12,
+    )
+    prompt = await speakers.read(question)
+    return "".join([piece.content async for piece in speakers.answer(question, prompt)])
+
+
+def test_an_order_with_adapter_and_merge_is_refused() -> None:
+    with pytest.raises(ValueError, match="serves one of them"):
+        ChatOrder(model=ModelRef(), method="lora", adapter="a", merged="m", token=TOKEN)
+
+
+def test_the_token_is_not_repeated_in_an_error() -> None:
+    text = json.dumps({"version": 1, "token": TOKEN, "method": "none", "model": {}})
+    with pytest.raises(InputError, match="method") as caught:
+        parse_order(ChatOrder, text)
+    assert TOKEN not in str(caught.value)
