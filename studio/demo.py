@@ -61,8 +61,9 @@ def _show_certificate(merge: ArtifactRow) -> bool:
     err.print(
         f"4  certificate  {'PASSED' if certificate.passed else 'FAILED'}: "
         f"{len(certificate.changed_tensors)} of {len(certificate.targeted_tensors)} targeted "
-        f"tensors changed, {len(certificate.unexpected_tensors)} others; top-1 agreement "
-        f"{certificate.top1_agreement:.1%}, largest logit difference "
+        f"tensors changed, {len(certificate.unexpected_tensors)} others; adapter and merge are "
+        f"{certificate.mean_kl:.2g} nats apart (base and adapter {certificate.effect_kl:.2g}), "
+        f"same first choice {certificate.top1_agreement:.1%}, largest logit difference "
         f"{certificate.max_logit_difference:.3g}"
     )
     for failure in certificate.failures:

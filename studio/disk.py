@@ -155,6 +155,7 @@ class Home:
                 self.merges,
                 self.chats,
                 self.models,
+                self.broker,
                 self.broker / "queue",
                 self.broker / "control",
             ):

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from celery import Celery
 from kombu.exceptions import OperationalError
 
+from studio.broker import TRANSPORT
 from studio.disk import Home
 
 logger = logging.getLogger(__name__)
@@ -34,12 +35,13 @@ class Dispatch(Protocol):
 def celery_settings(home: Home) -> dict[str, Any]:
     """Return Celery's settings for the embedded broker, shared by sender and worker.
 
-    The transport is kombu's filesystem one: no server, one folder that only its owner reads.
+    The transport is a folder that only its owner reads, and no server: see studio.broker.
     Acknowledgement is early, since the row and not the message says what is left to do.
     """
     queue = str(home.broker / "queue")
     return {
         "broker_url": "filesystem://localhost",
+        "broker_transport": TRANSPORT,
         "broker_transport_options": {
             "data_folder_in": queue,
             "data_folder_out": queue,
@@ -53,6 +55,7 @@ def celery_settings(home: Home) -> dict[str, Any]:
         "accept_content": ["json"],
         "worker_prefetch_multiplier": 1,
         "worker_send_task_events": False,
+        "worker_enable_remote_control": False,  # nobody asks; bells are the only messages
         "worker_hijack_root_logger": False,
         "broker_connection_retry_on_startup": True,
     }

@@ -12,6 +12,16 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# The last three: a file stands where a folder should, or the folder is not there.
+_UNWRITABLE = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+)
+
 
 class StudioError(Exception):
     """An error that a user can understand and fix.
@@ -61,7 +71,7 @@ def disk_errors(doing: str) -> Iterator[None]:
         doing: What was being done, as in "storing the dataset".
 
     Raises:
-        MachineError: The disk is full, over quota or read-only.
+        MachineError: The disk is full, over quota or read-only, or a folder is none or missing.
     """
     try:
         yield
@@ -71,7 +81,7 @@ def disk_errors(doing: str) -> Iterator[None]:
                 f"The disk is full: {doing} failed and nothing was kept.",
                 "Free some space, or move the home folder with --home DIR, then try again.",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES):
+        if error.errno in _UNWRITABLE:
             raise MachineError(
                 f"The folder cannot be written: {doing} failed at {error.filename}.",
                 "Choose a writable home folder with --home DIR.",

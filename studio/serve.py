@@ -1,8 +1,10 @@
 """Serve the page, and keep a worker alive beside it."""
 
+import logging
 import socket
 import threading
 import time
+from asyncio import CancelledError
 
 import uvicorn
 
@@ -14,6 +16,15 @@ from studio.terminal import err
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WORKER_LOOK_SECONDS = 5.0
+
+
+class _NotAboutClosing(logging.Filter):
+    """Drops what uvicorn logs about browsers that were still connected when the page closed."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is about anything else."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, CancelledError) or "graceful shutdown" in record.getMessage())
 
 
 def serve_page(settings: Settings) -> None:
@@ -41,6 +52,7 @@ def serve_page(settings: Settings) -> None:
             log_level="warning",
             timeout_graceful_shutdown=2,
         )
+        logging.getLogger("uvicorn.error").addFilter(_NotAboutClosing())
         watch = threading.Thread(target=_keep_worker, args=(studio,), daemon=True)
         watch.start()
         err.print(f"Delta Studio is open at http://{settings.host}:{settings.port}")

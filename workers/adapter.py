@@ -34,7 +34,7 @@ _NEUTRAL_FIELDS = frozenset(
 )
 # Starts that leave the base as it is; peft/tuners/lora/layer.py, update_layer.
 _NEUTRAL_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-_SIXTEEN_OR_MORE_BITS = (torch.bfloat16, torch.float16, torch.float32)
+_SIXTEEN_OR_MORE_BITS = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +81,12 @@ def read_adapter(folder: Path) -> dict[str, LowRank]:
             halves.setdefault(match["module"], {})[match["part"]] = tensor.to(torch.float32)
     unknown += [module for module, pair in halves.items() if not _is_pair(pair, config, module)]
     _refuse(folder, tensors=unknown, fields=_foreign_fields(config))
+    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise EngineError(
+            f"The Adapter in {folder} holds values that are not finite: {_some(broken)}.",
+            "The training diverged; choose an earlier checkpoint, or lower the learning rate.",
+        )
     if not halves:
         raise EngineError(
             f"The Adapter in {folder} holds no LoRA tensors.",
@@ -109,7 +115,7 @@ def place(adapter: dict[str, LowRank], base: Shards) -> dict[str, str]:
     wrong = []
     for module, low_rank in adapter.items():
         keys = [key for key in _possible_keys(module) if key in base.file_of]
-        if len(keys) != 1 or keys[0] in placed.values() or not _fits(low_rank, base.read(keys[0])):
+        if len(keys) != 1 or keys[0] in placed.values() or not _fits(low_rank, base, keys[0]):
             wrong.append(module)
         else:
             placed[module] = keys[0]
@@ -126,9 +132,10 @@ def _possible_keys(module: str) -> list[str]:
     ]
 
 
-def _fits(low_rank: LowRank, weight: torch.Tensor) -> bool:
-    shape = (low_rank.b.shape[0], low_rank.a.shape[1])
-    return tuple(weight.shape) == shape and weight.dtype in _SIXTEEN_OR_MORE_BITS
+def _fits(low_rank: LowRank, base: Shards, key: str) -> bool:
+    shape, dtype = base.describe(key)
+    wanted = (low_rank.b.shape[0], low_rank.a.shape[1])
+    return shape == wanted and dtype in _SIXTEEN_OR_MORE_BITS
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

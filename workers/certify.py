@@ -21,11 +21,12 @@ from studio.disk import OrderFolder
 from studio.domain.certificate import Certificate, PromptCheck
 from studio.domain.chat_template import render
 from studio.domain.orders import MergeOrder
+from studio.errors import EngineError
 from workers.adapter import WEIGHTS
 from workers.engine.model import load_adapter, load_base, load_tokenizer
 from workers.engine.report import PACKAGES
 from workers.process import best_device, tell_stage
-from workers.shards import Shards, find_shards, same_bits
+from workers.shards import Shards, find_shards, open_shard, same_bits
 
 _PEFT_PREFIX = "base_model.model."
 _QUESTIONS = (
@@ -43,6 +44,8 @@ _LONG_TEXT = " ".join(
     f"On day {day} the station of harbour {day % 7} measured {day * 37 % 91} centimetres."
     for day in range(1, 60)
 )
+
+_ROOM_SHARE = 1.1  # weights, Adapter and the logits of one prompt
 
 Prompts = dict[str, torch.Tensor]  # (1, tokens) by what the certificate calls the prompt
 
@@ -87,7 +90,7 @@ def certify(
     prompts = _prompts(load_tokenizer(merged))
     before = _ask_adapter(order, base, written, placed, prompts)
     tell_stage(folder, "asking", "the merged model", 0.8)
-    checks = _ask_merged(merged, prompts, before)
+    checks = _ask_merged(written, prompts, before)
     tell_stage(folder, "hashing", "every file", 0.9)
     first = next(iter(placed.values()))
     return Certificate(
@@ -110,18 +113,23 @@ def certify(
 
 
 def changed_tensors(base: Shards, written: Shards) -> tuple[str, ...]:
-    """Compare two models bit for bit, one tensor at a time.
+    """Compare two models bit for bit, shard by shard.
 
     Returns:
-        Names of the tensors that differ, or that only one of the two has.
+        Names of the tensors that differ, that only one of the two has, or that moved to another
+        shard.
     """
-    return tuple(
-        key
-        for key in sorted(base.file_of.keys() | written.file_of.keys())
-        if key not in base.file_of
-        or key not in written.file_of
-        or not same_bits(base.read(key), written.read(key))
-    )
+    changed = {key for key, _name in base.file_of.items() ^ written.file_of.items()}
+    for name in base.files:
+        same_place = [key for key in base.keys(name) if key not in changed]
+        if same_place:
+            with open_shard(base.folder / name) as one, open_shard(written.folder / name) as other:
+                changed.update(
+                    key
+                    for key in same_place
+                    if not same_bits(one.get_tensor(key), other.get_tensor(key))
+                )
+    return tuple(sorted(changed))
 
 
 def delta_kept(
@@ -196,7 +204,7 @@ def _prompts(tokenizer: PreTrainedTokenizerBase) -> Prompts:
 def _ask_adapter(
     order: MergeOrder, base: Shards, written: Shards, placed: dict[str, str], prompts: Prompts
 ) -> Before:
-    loaded = load_base(base.folder, method="lora", device=best_device())
+    loaded = load_base(base.folder, method="lora", device=_roomy_device(base))
     model = load_adapter(loaded, Path(order.adapter))
     kept = delta_kept(model, base, written, placed)
     logits = {label: _logits(model, ids) for label, ids in prompts.items()}
@@ -209,8 +217,8 @@ def _ask_adapter(
     return Before(logits=logits, effect_kl=effect_kl, delta_kept=kept)
 
 
-def _ask_merged(merged: Path, prompts: Prompts, before: Before) -> tuple[PromptCheck, ...]:
-    model = load_base(merged, method="lora", device=best_device())
+def _ask_merged(merged: Shards, prompts: Prompts, before: Before) -> tuple[PromptCheck, ...]:
+    model = load_base(merged.folder, method="lora", device=_roomy_device(merged))
     checks = []
     for label, ids in prompts.items():
         kl, largest, spread, agreement = compare(before.logits[label], _logits(model, ids))
@@ -233,7 +241,22 @@ def _ask_merged(merged: Path, prompts: Prompts, before: Before) -> tuple[PromptC
 @torch.inference_mode()
 def _logits(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
     logits: torch.Tensor = model(input_ids=ids.to(model.device), use_cache=False).logits[0]
+    if not torch.isfinite(logits).all():
+        raise EngineError(
+            "The model's logits are not finite, so the merge cannot be certified.",
+            "The weights are damaged or the training diverged; look at the run's loss.",
+        )
     return logits.cpu()
+
+
+def _roomy_device(model: Shards) -> torch.device:
+    """Return the card if the 16-bit weights fit: a base that trains in 4 bits may be too large."""
+    device = best_device()
+    if device.type == "cuda":
+        free_bytes, _total = torch.cuda.mem_get_info(device)
+        if model.num_bytes * _ROOM_SHARE > free_bytes:
+            return torch.device("cpu")
+    return device
 
 
 def _free_memory() -> None:

@@ -22,6 +22,7 @@ import uvicorn
 
 from studio.disk import OrderFolder, write_whole
 from studio.domain.orders import ChatOrder, parse_order
+from studio.errors import EngineError
 from workers.chat_api import build_app
 from workers.process import run_order, tell_stage
 from workers.speakers import Speakers, load_speakers
@@ -61,7 +62,7 @@ def serve(folder: OrderFolder) -> None:
 
     Raises:
         InputError: The order or the base model is wrong.
-        EngineError: Something cannot be loaded.
+        EngineError: Something cannot be loaded, or the server does not start.
     """
     folder.ready.unlink(missing_ok=True)
     order = parse_order(ChatOrder, folder.order.read_text(encoding="utf-8"))
@@ -78,7 +79,10 @@ def serve(folder: OrderFolder) -> None:
             log_config=None,
             timeout_graceful_shutdown=_GRACE_SECONDS,
         )
-        _Server(config, speakers).run(sockets=[listener])
+        server = _Server(config, speakers)
+        server.run(sockets=[listener])
+        if not server.started:
+            raise EngineError("The HTTP server of the Chat did not start.", "See log.txt.")
 
 
 @asynccontextmanager

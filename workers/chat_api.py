@@ -41,6 +41,14 @@ class TemplateOptions(BaseModel):
     enable_thinking: bool = False
 
 
+class StreamOptions(BaseModel):
+    """What a stream is asked to tell; its last piece tells the usage in any case."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    include_usage: bool = True
+
+
 class ChatRequest(BaseModel):
     """Body of POST /v1/chat/completions."""
 
@@ -56,6 +64,7 @@ class ChatRequest(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1)
     stop: str | list[str] | None = None
     stream: bool = False
+    stream_options: StreamOptions | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
     # Fields of OpenAI's that clients send by habit; only the value that changes nothing is taken.
     n: Literal[1] = 1

@@ -1,8 +1,8 @@
 """Start, watch and stop one process group; tell how it ended.
 
 A trainer is a fresh exec in its own session: nothing of the worker is shared with it, and its
-memory is free when it ends. Its environment carries the mark STUDIO_RUN=table:id:epoch, by which
-every process of a Lease is found again, whoever its parent is by now.
+memory is free when it ends. Its environment carries the mark STUDIO_RUN=table:id:epoch:owner, by
+which every process of a Lease is found again, whoever its parent is by now.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 MARK = "STUDIO_RUN"
+UNEXPLAINED = "Unexplained"
 STOP_GRACE_SECONDS = 60.0
 PROC = Path("/proc")
 
@@ -36,6 +37,11 @@ class Outcome:
     exit_code: int
     result: dict[str, Any] | None
     error: dict[str, Any] | None
+
+    @property
+    def is_unexplained(self) -> bool:
+        """Whether the process ended without a word."""
+        return self.error is not None and self.error.get("type") == UNEXPLAINED
 
 
 def trainer_command(run_folder: Path, num_gpus: int) -> list[str]:
@@ -131,15 +137,17 @@ def kill_marked(mark: str) -> list[int]:
     Returns:
         The process numbers that were found.
     """
-    found = list(marked(mark))
-    for pid in found:
-        logger.warning("killing process %d, left over from %s", pid, mark)
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            logger.info("process %d had ended by itself", pid)
+    found: list[int] = []
     deadline = time.monotonic() + 10
-    while any(True for _ in marked(mark)) and time.monotonic() < deadline:
+    # Again and again: a process may have had a child between being seen and being killed.
+    while (alive := list(marked(mark))) and time.monotonic() < deadline:
+        for pid in alive:
+            logger.warning("killing process %d, left over from %s", pid, mark)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                logger.info("process %d had ended by itself", pid)
+        found.extend(pid for pid in alive if pid not in found)
         time.sleep(0.05)
     return found
 
@@ -168,7 +176,7 @@ def outcome(exit_code: int, *, result: Path, error: Path) -> Outcome:
     """
     written, reached = read_json(error), read_json(result)
     # torchrun reports its own signal when it was asked to stop; the result file tells more.
-    if written is None and reached is None and exit_code != 0:
+    if written is None and reached is None:
         written = _unexplained(exit_code)
     return Outcome(exit_code=exit_code, result=reached, error=written)
 
@@ -188,4 +196,4 @@ def _unexplained(exit_code: int) -> dict[str, Any]:
     else:
         message = f"The process ended with code {exit_code} and did not say why."
         hint = "See the log below; please report it if it does not explain itself."
-    return {"type": "Unexplained", "message": message, "hint": hint}
+    return {"type": UNEXPLAINED, "message": message, "hint": hint}

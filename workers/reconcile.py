@@ -58,6 +58,8 @@ def end_orphans(shop: Shop, rows: Sequence[JobRow]) -> None:
     """End rows whose worker is gone: kill their processes, keep what they had reported."""
     for row in rows:
         lease = leases.Lease(table=type(row), id=row.id, epoch=row.epoch, owner=str(row.owner))
+        if row.owner == shop.owner and any(launcher.marked(lease.mark)):
+            continue  # the machine has slept: this worker's own supervisor is about to renew
         logger.warning("%s has lost its worker", lease.mark)
         launcher.kill_marked(lease.mark)
         state, values = _last_words(shop, row)
@@ -65,6 +67,8 @@ def end_orphans(shop: Shop, rows: Sequence[JobRow]) -> None:
             if isinstance(row, RunRow):
                 records = follow.Follower(shop.home.run(row.id).metrics).read()
                 runs.add_points(session, row.id, follow.points(records))
+                if records:
+                    values |= {"step": records[-1].step, "total_steps": records[-1].total_steps}
             leases.finish(session, lease, state, now=time.time(), values=values)
 
 

@@ -53,6 +53,16 @@ class Shards:
             tensor: torch.Tensor = file.get_tensor(key)
             return tensor
 
+    def describe(self, key: str) -> tuple[tuple[int, ...], str]:
+        """Return shape and dtype of a tensor, as in ((512, 256), "BF16"), without reading it.
+
+        Raises:
+            EngineError: Its shard is damaged.
+        """
+        with open_shard(self.folder / self.file_of[key]) as file:
+            view = file.get_slice(key)
+            return tuple(view.get_shape()), str(view.get_dtype())
+
 
 def find_shards(folder: Path) -> Shards:
     """List the tensors of a model folder.

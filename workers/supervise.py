@@ -41,6 +41,7 @@ def supervise(
     """Hold the Lease until the process has ended.
 
     What cannot be stored, because the disk is full, is kept and tried again; the process goes on.
+    Should this function itself fail, the process is killed: nobody would know of it any more.
 
     Args:
         shop: This worker.
@@ -51,6 +52,19 @@ def supervise(
     Returns:
         Its exit code; None when the Lease was lost, and then the process is dead.
     """
+    try:
+        return _hold(shop, lease, process, look)
+    except BaseException:
+        launcher.kill(process, lease.mark)
+        raise
+
+
+def _hold(
+    shop: Shop,
+    lease: leases.Lease,
+    process: subprocess.Popen[bytes],
+    look: Callable[[], News],
+) -> int | None:
     news, renewed, kill_at = News(), 0.0, None
     known: dict[str, Any] = {}
     while True:

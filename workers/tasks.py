@@ -90,6 +90,12 @@ def _words(error: StudioError) -> dict[str, str]:
     return {"type": type(error).__name__, "message": error.message, "hint": error.hint}
 
 
+def _is_stopping(here: Shop, row: JobRow) -> bool:
+    with here.database.read() as session:
+        current = session.get(type(row), row.id)
+    return current is not None and current.state == RunState.STOPPING
+
+
 def _fail(here: Shop, lease: leases.Lease, words: dict[str, Any]) -> None:
     end(here, lease, RunState.FAILED, {"error": words, "stage": ""})
 
@@ -112,7 +118,10 @@ def _train(here: Shop, row: RunRow) -> None:
     if exit_code is None:
         return
     how = launcher.outcome(exit_code, result=folder.result, error=folder.error)
-    if how.error is not None:
+    if how.is_unexplained and _is_stopping(here, row):
+        # Asked to stop while it was still starting: it cannot take heed yet, and learned nothing.
+        end(here, lease, RunState.STOPPED, {"stage": ""})
+    elif how.error is not None:
         _fail(here, lease, how.error)
     else:
         reached = RunState((how.result or {}).get("state", RunState.STOPPED))
@@ -192,9 +201,7 @@ def _serve(here: Shop, row: ChatRow) -> None:
     exit_code = supervise(here, lease, process, lambda: _chat_news(here, folder, lease))
     if exit_code is None:
         return
-    with here.database.read() as session:
-        current = session.get(ChatRow, row.id)
-    if current is not None and current.state == RunState.STOPPING:
+    if _is_stopping(here, row):
         end(here, lease, RunState.STOPPED, {"port": None})
         return
     how = launcher.outcome(exit_code, result=folder.ready, error=folder.error)

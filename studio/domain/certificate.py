@@ -24,7 +24,8 @@ from studio.domain.section import Section
 #                        S float32   1e-6 .. 1e-4       1e-6 .. 0.007       0.027 .. 0.038
 #                        S bfloat16  9e-6 .. 3e-4       9e-6 .. 0.008       0.028 .. 0.038
 #   worst logit difference (spreads) 0.03 .. 4.9        0.03 .. 19          14 .. 18
-#   same favourite, worst prompt     0.83 .. 0.996      0.0 .. 1.0          0.0
+#   same favourite, all prompts      0.83 .. 0.997      0.35 .. 0.999       0
+#   (of the honest merges: on their worst prompt)
 # So the share finds one lost tensor, which no number read from logits can (the gates of a single
 # delta net hardly speak); mean KL finds a model that behaves differently. The two last lines do
 # not separate: a router between two near-equal experts, or two near-equal tokens, flips on

@@ -6,6 +6,7 @@ Readers use their own engine and never wait for a writer (write-ahead log).
 """
 
 import fcntl
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,8 +125,8 @@ def _use_write_ahead_log(path: Path) -> None:
 def _database_errors() -> Iterator[None]:
     try:
         yield
-    except OperationalError as error:
-        text = str(error.orig)
+    except (OperationalError, sqlite3.OperationalError) as error:
+        text = str(error.orig if isinstance(error, OperationalError) else error)
         if "full" in text:
             raise MachineError(
                 "The disk is full: the database could not be written.",

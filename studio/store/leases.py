@@ -30,8 +30,11 @@ class Lease:
 
     @property
     def mark(self) -> str:
-        """Value of STUDIO_RUN in the environment of every process that works under it."""
-        return f"{self.table.__tablename__}:{self.id}:{self.epoch}"
+        """Value of STUDIO_RUN in the environment of every process that works under it.
+
+        The owner's name is unique on the machine, so that two home folders never meet.
+        """
+        return f"{self.table.__tablename__}:{self.id}:{self.epoch}:{self.owner}"
 
 
 def claim(

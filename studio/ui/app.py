@@ -67,7 +67,7 @@ def build_page(studio: Studio) -> Any:
             "happened.</span></div>"
         )
         address = [gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")]
-        with gr.Tabs(selected="datasets") as tabs:
+        with gr.Tabs(selected="datasets", overflow_behavior="wrap") as tabs:
             with gr.Tab("Datasets", id="datasets") as datasets_page:
                 datasets = datasets_tab.build(studio)
             with gr.Tab("Train", id="train") as train_page:

@@ -113,10 +113,11 @@ def _issue_row(issue: Issue) -> str:
 
 def rejected(name: str, found: Report) -> str:
     """Return why a file was not accepted."""
-    plural = "s" if found.num_errors != 1 else ""
+    errors = f"{found.num_errors} error{'s' if found.num_errors != 1 else ''}"
+    lines = f"{found.num_lines} line{'s' if found.num_lines != 1 else ''}"
     return notice(
         "bad",
-        f"{name} was not stored: {found.num_errors} error{plural} in {found.num_lines} lines.",
+        f"{name} was not stored: {errors} in {lines}.",
         "Correct the lines below and upload it again; nothing of it was kept.",
     ) + issues(found)
 
@@ -225,13 +226,16 @@ def certificate(found: Certificate) -> str:
     cells = [
         ("targeted tensors changed", changed),
         ("other tensors changed", str(len(found.unexpected_tensors))),
-        ("top-1 agreement", f"{found.top1_agreement:.1%}"),
+        ("of the adapter's change kept, worst tensor", _worst_kept(found)),
+        ("nats between adapter and merge", f"{found.mean_kl:.2g}"),
+        ("nats between base and adapter", f"{found.effect_kl:.2g}"),
+        ("same first choice of token", f"{found.top1_agreement:.1%}"),
         ("largest logit difference", f"{found.max_logit_difference:.3g}"),
-        ("tensors in all", str(found.num_tensors)),
         ("weights in", found.dtype),
     ]
     prompts = "".join(
         f"<tr><td>{escape(p.prompt[:90])}</td><td>{p.num_tokens}</td>"
+        f"<td>{p.mean_kl:.2g}</td><td>{p.effect_kl:.2g}</td>"
         f"<td>{p.max_logit_difference:.3g}</td><td>{p.top1_agreement:.1%}</td></tr>"
         for p in found.prompts
     )
@@ -240,12 +244,19 @@ def certificate(found: Certificate) -> str:
         f'<div class="seal {kind}"><i>{word}</i><span>{escape(verdict)}</span></div>'
         + facts(cells)
         + '<details><summary>Adapter against merge, prompt by prompt</summary><div class="scroll">'
-        '<table class="findings"><tr><th>prompt</th><th>tokens</th><th>largest difference</th>'
-        f"<th>top-1 agreement</th></tr>{prompts}</table></div></details>"
+        '<table class="findings"><tr><th>prompt</th><th>tokens</th><th>KL to merge</th>'
+        "<th>KL to base</th><th>largest logit difference</th><th>same first choice</th></tr>"
+        f"{prompts}</table></div></details>"
         f"<details><summary>Changed tensors ({len(found.changed_tensors)})</summary>"
         f"<pre>{escape(chr(10).join(found.changed_tensors))}</pre></details>"
         f"<details><summary>Files and their hashes</summary><pre>{escape(files)}</pre></details>"
     )
+
+
+def _worst_kept(found: Certificate) -> str:
+    """Return the share that strays furthest from the whole change."""
+    shares = found.delta_kept.values()
+    return f"{max(shares, key=lambda share: abs(share - 1)):.1%}" if shares else "none"
 
 
 def recall(found: Recall) -> str:

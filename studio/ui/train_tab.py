@@ -73,6 +73,31 @@ def build(studio: Studio) -> TrainTab:
     fields = [by_key[leaf.key] for leaf in leaves]
     derived = [by_key["lora.targets"], card, total, trouble, yaml, download]
 
+    mode.change(lambda name: gr.Column(visible=name == "Advanced"), mode, advanced)
+    _wire_fields(studio, leaves, by_key, derived)
+    _wire_yaml(studio, leaves, [*fields, *derived], (yaml, apply, load))
+
+    def submit(*values: Any) -> int:
+        return runs.submit(studio, form.to_spec(values, leaves)).id
+
+    launch.click(shown(submit), fields, launched)
+    return TrainTab(
+        dataset=by_key["data.dataset"],  # type: ignore[arg-type]
+        fields=fields,
+        derived=derived,
+        launched=launched,
+    )
+
+
+def _wire_fields(
+    studio: Studio,
+    leaves: Sequence[form.Leaf],
+    by_key: dict[str, gr.components.Component],
+    derived: list[gr.components.Component],
+) -> None:
+    """Let a preset fill the form, and every change show what it means."""
+    fields = [by_key[leaf.key] for leaf in leaves]
+
     def derive(*values: Any) -> list[Any]:
         return _derive(studio, leaves, values)
 
@@ -80,6 +105,24 @@ def build(studio: Studio) -> TrainTab:
         named = dict(zip((leaf.key for leaf in leaves), values, strict=True))
         kept = {"data": {"dataset": named["data.dataset"] or ""}, "name": named["name"]}
         return _fill(studio, leaves, runs.spec_from_preset(studio, named["preset"], kept))
+
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    preset = by_key["preset"]
+    preset.input(shown(take_preset), fields, [*fields, *derived], **quiet)  # type: ignore[attr-defined]
+    changes = [field.input for field in fields if field is not preset]  # type: ignore[attr-defined]
+    # A text box tells of typing, but not of pasting; leaving it tells of both.
+    changes += [field.blur for field in fields if isinstance(field, gr.Textbox)]
+    gr.on(changes, shown(derive), fields, derived, trigger_mode="always_last", **quiet)
+
+
+def _wire_yaml(
+    studio: Studio,
+    leaves: Sequence[form.Leaf],
+    everything: list[gr.components.Component],
+    widgets: tuple[gr.Code, gr.Button, gr.UploadButton],
+) -> None:
+    """Let a spec be pasted or loaded as YAML."""
+    yaml, apply, load = widgets
 
     def take_yaml(text: str) -> list[Any]:
         return _fill(studio, leaves, _with_known_dataset(studio, runs.complete_spec(studio, text)))
@@ -89,25 +132,8 @@ def build(studio: Studio) -> TrainTab:
             raise InputError("The file is larger than any spec.", "Load a YAML file of a JobSpec.")
         return take_yaml(Path(path).read_text(encoding="utf-8", errors="replace"))
 
-    def submit(*values: Any) -> int:
-        return runs.submit(studio, form.to_spec(values, leaves)).id
-
-    mode.change(lambda name: gr.Column(visible=name == "Advanced"), mode, advanced)
-    preset = by_key["preset"]
-    preset.input(shown(take_preset), fields, [*fields, *derived], show_progress="hidden")  # type: ignore[attr-defined]
-    changes = [field.input for field in fields if field is not preset]  # type: ignore[attr-defined]
-    gr.on(
-        changes, shown(derive), fields, derived, show_progress="hidden", trigger_mode="always_last"
-    )
-    apply.click(shown(take_yaml), yaml, [*fields, *derived])
-    load.upload(shown(take_file), load, [*fields, *derived])
-    launch.click(shown(submit), fields, launched)
-    return TrainTab(
-        dataset=by_key["data.dataset"],  # type: ignore[arg-type]
-        fields=fields,
-        derived=derived,
-        launched=launched,
-    )
+    apply.click(shown(take_yaml), yaml, everything)
+    load.upload(shown(take_file), load, everything)
 
 
 def start_values(studio: Studio) -> list[Any]:

@@ -80,5 +80,25 @@ def test_a_setting_that_means_another_sum_is_refused(
         read_adapter(adapter)
 
 
+def test_values_that_are_not_finite_are_refused(
+    tmp_path: Path, adapter_of: Callable[[str], Path]
+) -> None:
+    adapter = shutil.copytree(adapter_of(MODEL), tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    broken = sorted(tensors)[0]
+    tensors[broken][0, 0] = float("nan")
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(EngineError, match=broken):
+        read_adapter(adapter)
+
+
+def test_an_adapter_for_another_width_is_refused(
+    models_home: Home, adapter_of: Callable[[str], Path]
+) -> None:
+    other = find_shards(find_base(ModelRef(id="tiny/qwen3-next"), models_home))
+    with pytest.raises(EngineError, match=r"mlp\.down_proj"):
+        place(read_adapter(adapter_of(MODEL)), other)
+
+
 def _edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))

@@ -51,7 +51,7 @@ def _generated(model: PeftModel, prompt: list[int], most: int) -> list[int]:
 
 @pytest.mark.parametrize(
     ("model_id", "method"),
-    [*((family, "qlora") for family in FAMILIES), ("tiny/qwen3-next", "lora")],
+    [("tiny/qwen3.5", "qlora"), ("tiny/qwen3.5-moe", "qlora"), ("tiny/qwen3-next", "lora")],
 )
 def test_interleaved_greedy_replies_equal_generate(
     model_id: str,
@@ -67,14 +67,14 @@ def test_interleaved_greedy_replies_equal_generate(
     )
     second = tokenizer.encode("The tide is the rise and fall of the sea, " * 5)
     with model.disable_adapter():
-        expected_base = [_generated(model, prompt, 24) for prompt in (first, second)]
-    expected_tuned = [_generated(model, prompt, 24) for prompt in (first, second)]
+        expected_base = [_generated(model, prompt, 12) for prompt in (first, second)]
+    expected_tuned = [_generated(model, prompt, 12) for prompt in (first, second)]
     base, tuned = Voice(model), Voice(model, with_adapter=True)
     turns = [
-        _tokens(base, first, 24),
-        _tokens(tuned, first, 24),
-        _tokens(base, second, 24),
-        _tokens(tuned, second, 24),
+        _tokens(base, first, 12),
+        _tokens(tuned, first, 12),
+        _tokens(base, second, 12),
+        _tokens(tuned, second, 12),
     ]
     replies = [list(reply) for reply in zip(*zip(*turns, strict=True), strict=True)]
 
@@ -119,6 +119,6 @@ def test_sampling_repeats_with_its_seed_and_keeps_to_its_limits() -> None:
 
 def test_logits_that_are_not_finite_end_with_a_sentence(models_home: Home) -> None:
     model = load_base(find_base(ModelRef(id=FAMILIES[0]), models_home), method="lora")
-    model.get_submodule("lm_head").weight.data.fill_(float("nan"))
+    model.get_parameter("lm_head.weight").data.fill_(float("nan"))
     with pytest.raises(EngineError, match="not finite"):
         next(_tokens(Voice(model), [1], 1))

@@ -1,9 +1,8 @@
 """A merge changes what the Adapter targets, nothing else, and its Certificate cannot be fooled."""
 
+import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from studio.errors import MachineError
 from workers.adapter import place, read_adapter
 from workers.certify import certify
 from workers.engine.model import find_base, load_adapter, load_base
-from workers.merge import check_space, merge
+from workers.merge import check_space, copy_other_files, merge, write_weights
 from workers.process import EXIT_INPUT
 from workers.shards import INDEX, SINGLE, find_shards
 
@@ -103,8 +102,13 @@ def test_a_merge_equals_peft_merge_and_unload(
     order: Callable[..., OrderFolder],
 ) -> None:
     source = _float32_copy(find_base(ModelRef(id=model_id), models_home), tmp_path / "base")
-    folder = _merged(order, str(source), adapter_of(model_id))
-    ours = load_base(folder.weights, method="lora").state_dict()
+    base, adapter = find_shards(source), read_adapter(adapter_of(model_id))
+    changes = {key: adapter[module] for module, key in place(adapter, base).items()}
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    write_weights(order(str(source), adapter_of(model_id)), base, changes, merged)
+    copy_other_files(base, merged)
+    ours = load_base(merged, method="lora").state_dict()
     loaded = load_adapter(load_base(source, method="lora"), adapter_of(model_id))
     theirs = loaded.merge_and_unload().state_dict()
 
@@ -193,28 +197,27 @@ def test_a_wrong_order_ends_with_a_sentence_and_its_exit_code(tmp_path: Path) ->
     folder = OrderFolder(path=tmp_path / "merges" / "000001")
     folder.path.mkdir(parents=True)
     folder.order.write_text('{"version": 1, "model": {"id": "tiny/none"}, "run_id": 1}')
-    done = _process(folder).wait(timeout=60)
+    command = [sys.executable, "-m", "workers.merge", str(folder.path)]
+    done = subprocess.run(command, stderr=subprocess.DEVNULL, check=False, timeout=60)
     error = json.loads(folder.error.read_text())
 
-    assert done == EXIT_INPUT
+    assert done.returncode == EXIT_INPUT
     assert error["type"] == "InputError"
     assert "adapter: Field required" in error["message"]
     assert error["hint"]
 
 
-def test_a_merge_killed_midway_leaves_no_model_and_the_next_one_cleans_up(
+def test_a_merge_dies_with_its_parent_leaves_no_model_and_the_next_one_cleans_up(
     adapter_of: Callable[[str], Path], order: Callable[..., OrderFolder]
 ) -> None:
     folder = order(FAMILIES[0], adapter_of(FAMILIES[0]))
-    process = _process(folder)
-    deadline = time.monotonic() + 60
-    while not list(folder.path.glob(".model.*/*.safetensors")):
-        assert process.poll() is None, folder.log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-m', *sys.argv[1:]])"
+    parent = subprocess.Popen([sys.executable, "-c", script, "workers.merge", str(folder.path)])
+    _until(lambda: any(folder.path.glob(".model.*/*.safetensors")))
+    parent.kill()
+    parent.wait()
 
+    _until(lambda: not _running(folder))
     assert not folder.weights.exists()
     assert not folder.certificate.exists()
     merge(folder)
@@ -222,13 +225,20 @@ def test_a_merge_killed_midway_leaves_no_model_and_the_next_one_cleans_up(
     assert not list(folder.path.glob(".model.*"))
 
 
-def _process(folder: OrderFolder) -> subprocess.Popen[bytes]:
-    with folder.log.open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "workers.merge", str(folder.path)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+def _until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _running(folder: OrderFolder) -> bool:
+    """Return whether a process of the order is left, by its command line."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder.path) in path.read_text():
+                return True
+    return False
 
 
 def _certified_again(folder: OrderFolder, models_home: Home) -> Certificate:

@@ -89,7 +89,7 @@ def _speak_plainly() -> None:
     logging.captureWarnings(True)
     warnings.simplefilter("once")
     # The stage file tells how far loading is; a bar only fills the log with carriage returns.
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -51,21 +51,21 @@ class MicroBatch:
     """Examples of one forward pass, padded on the right.
 
     Attributes:
-        tokens_BT: int64.
-        mask_BT: int64, 1 for real tokens and 0 for padding.
-        labels_BT: int64, IGNORED where nothing is supervised.
+        tokens: (B, T), int64.
+        mask: (B, T), int64, 1 for real tokens and 0 for padding.
+        labels: (B, T), int64, IGNORED where nothing is supervised.
     """
 
-    tokens_BT: torch.Tensor
-    mask_BT: torch.Tensor
-    labels_BT: torch.Tensor
+    tokens: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Return a copy on another device."""
         return MicroBatch(
-            tokens_BT=self.tokens_BT.to(device),
-            mask_BT=self.mask_BT.to(device),
-            labels_BT=self.labels_BT.to(device),
+            tokens=self.tokens.to(device),
+            mask=self.mask.to(device),
+            labels=self.labels.to(device),
         )
 
 
@@ -163,7 +163,7 @@ def _collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
         tokens_BT[row, :length] = torch.tensor(example.tokens)
         mask_BT[row, :length] = 1
         labels_BT[row, :length] = torch.tensor(example.labels)
-    return MicroBatch(tokens_BT=tokens_BT, mask_BT=mask_BT, labels_BT=labels_BT)
+    return MicroBatch(tokens=tokens_BT, mask=mask_BT, labels=labels_BT)
 
 
 def _step_size(batch: BatchSpec) -> int:

@@ -9,13 +9,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from studio.disk import RunFolder, disk_errors
-from studio.errors import EngineError
+from studio.disk import RunFolder
+from studio.errors import EngineError, disk_errors
 
 VERSION = 1
 
@@ -24,8 +25,10 @@ def save_adapter(model: PeftModel, base_id: str, folder: Path) -> None:
     """Write the Adapter in PEFT's own layout, whole or not at all; replace an older one.
 
     Args:
+        model: Its active adapter is saved.
         base_id: What adapter_config.json names as its base: the id of the ModelRef, not a path
             on this machine.
+        folder: Where the Adapter shall stand.
 
     Raises:
         MachineError: The disk is full or read-only.
@@ -78,7 +81,7 @@ def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optim
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-        found = set_peft_model_state_dict(model, weights)
+        found: Any = set_peft_model_state_dict(model, weights)
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         rng = torch.load(folder / "rng.pt", weights_only=True)
     except (OSError, KeyError, ValueError, RuntimeError) as error:

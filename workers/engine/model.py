@@ -6,25 +6,13 @@ Not covered: 3-D routed experts stay 16-bit (bitsandbytes quantises nn.Linear on
 Proof says so), vision towers (the text class is loaded), more than one card.
 """
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Linear4bit
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import transformers_weight_conversion
@@ -40,11 +28,10 @@ from transformers import (
 from studio.disk import TEMPLATES, Home
 from studio.domain.preset import load_models
 from studio.domain.spec import LoraSpec, ModelRef
-from studio.domain.targets import select, target_modules, text_config
-from studio.errors import EngineError, InputError, NotFoundError
+from studio.domain.targets import select, target_modules
+from studio.errors import EngineError, NotFoundError
+from workers.engine.hub import check_folder, download
 from workers.engine.tiny import ensure_tiny
-
-log = logging.getLogger(__name__)
 
 Method = Literal["qlora", "lora"]
 
@@ -54,8 +41,6 @@ Method = Literal["qlora", "lora"]
 # it is named in case it becomes one.
 SIXTEEN_BIT = ("lm_head", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "mlp.gate")
 _PEFT_PREFIX = "base_model.model."
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def find_base(model: ModelRef, home: Home) -> Path:
@@ -80,101 +65,14 @@ def find_base(model: ModelRef, home: Home) -> Path:
         return ensure_tiny(known[model.id], home.models / model.id.removeprefix("tiny/"))
     path = Path(model.id).expanduser()
     if path.is_dir():
-        return _checked(path.resolve(), model.id)
+        return check_folder(path.resolve(), model.id)
     if path.is_absolute() or model.id.startswith((".", "~")):
         raise NotFoundError(
             f"There is no folder {model.id}.",
             "Give the path of a Hugging Face model folder on the machine of the worker.",
             "model.id",
         )
-    return _download(model)
-
-
-def _download(model: ModelRef) -> Path:
-    with _hub_errors(model):
-        # The configuration first: a wrong architecture shall not cost a download of 160 GB.
-        config = hf_hub_download(model.id, "config.json", revision=model.revision)
-        _check_config(Path(config), model.id)
-        folder = snapshot_download(model.id, revision=model.revision, allow_patterns=_HUB_FILES)
-    return _checked(Path(folder), model.id)
-
-
-@contextmanager
-def _hub_errors(model: ModelRef) -> Iterator[None]:
-    """Translate what huggingface_hub raises into sentences; the only place that knows its errors."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise EngineError(
-            f"The hub lets only people who accepted its terms download {model.id}.",
-            "Accept them on the model's page, then run `hf auth login` on the worker's machine.",
-            "model.id",
-        ) from error
-    except RevisionNotFoundError as error:
-        raise NotFoundError(
-            f"{model.id} has no revision {model.revision!r}.",
-            "Give a branch, tag or commit of the repository, or leave the field empty.",
-            "model.revision",
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise NotFoundError(
-            f"There is no model {model.id!r} on the Hugging Face hub, or it is private.",
-            "Correct the id; for a private model run `hf auth login` on the worker's machine.",
-            "model.id",
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise EngineError(
-            f"{model.id} is not on this machine and the Hugging Face hub cannot be reached.",
-            "Connect the worker to the network, or give the path of a folder with the weights.",
-            "model.id",
-        ) from error
-    except EntryNotFoundError as error:
-        raise InputError(
-            f"{model.id} on the hub has no config.json.",
-            "Choose a repository in the layout of transformers.",
-            "model.id",
-        ) from error
-    except HfHubHTTPError as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise EngineError(
-            f"The Hugging Face hub refused the download of {model.id}: {first_line}",
-            "Try again later, or give the path of a folder with the weights.",
-            "model.id",
-        ) from error
-
-
-def _checked(folder: Path, name: str) -> Path:
-    _check_config(folder / "config.json", name)
-    if any(folder.glob("*.safetensors")):
-        return folder
-    if any(path for pattern in _PICKLES for path in folder.glob(pattern)):
-        raise InputError(
-            f"The weights of {name} are pickle files, which can run code when they are read.",
-            "Convert them to safetensors, or choose a repository that has them.",
-            "model.id",
-        )
-    raise InputError(
-        f"{name} holds no *.safetensors weights.", "Download all files of the model.", "model.id"
-    )
-
-
-def _check_config(path: Path, name: str) -> None:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name} has no readable config.json.",
-            "Give a folder in the layout of transformers.",
-            "model.id",
-        ) from error
-    text_config(config)
-    quantized = config.get("quantization_config")
-    if quantized is not None:
-        raise InputError(
-            f"The weights of {name} are quantised already ({quantized.get('quant_method')}).",
-            "Choose the 16-bit weights; method qlora brings them to 4 bits while loading.",
-            "model.id",
-        )
+    return download(model)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -215,7 +113,7 @@ def load_base(
     device = torch.device(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             device_map={"": device},
@@ -229,7 +127,8 @@ def load_base(
             f"The base weights in {folder} cannot be read: {_first_line(error)}.",
             "Compare the folder with the published one; a download may be incomplete.",
         ) from error
-    _refuse_gaps(folder, report)
+    model: PreTrainedModel = loaded[0]
+    _refuse_gaps(folder, loaded[1])
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU with AVX512-BF16, eval() repacks the weight in place and cuts the gradient
@@ -237,11 +136,12 @@ def load_base(
             module.support_avx512bf16_for_cpu = False
     # Not peft's prepare_model_for_kbit_training: it casts embeddings and experts to float32.
     model.requires_grad_(False)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
@@ -272,7 +172,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraSpec) -> PeftModel:
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # only ever divided by the rank
         lora_dropout=lora.dropout,
         target_modules=names,
         bias="none",
@@ -314,6 +214,13 @@ def selected_modules(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
     return [f"model.{module.name}" for module in select(modules, lora.targets)]
 
 
+def base_of(model: PeftModel) -> PreTrainedModel:
+    """Return the base model inside; its layers carry the LoRA."""
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
 def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
     """Return the layers that really carry a LoRA, by their full name in the base."""
     return {
@@ -352,7 +259,7 @@ def _shared_experts_stay_apart() -> Iterator[None]:
     (https://github.com/huggingface/peft/issues/3711, open). PEFT offers no switch, so the entry
     is taken out of PEFT's own copy of the table while the layers are wrapped, and put back.
     """
-    table = transformers_weight_conversion._MODEL_TO_CONVERSION_PATTERN  # noqa: SLF001
+    table: dict[str, str] = vars(transformers_weight_conversion)["_MODEL_TO_CONVERSION_PATTERN"]
     entry = table.pop("qwen3_next", None)
     try:
         yield

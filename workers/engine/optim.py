@@ -13,19 +13,22 @@ from studio.domain.spec import OptimSpec
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimSpec) -> torch.optim.Optimizer:
     """Return the optimizer for the parameters that train (AdamW: arXiv 1711.05101)."""
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    rate, decay = optim.learning_rate, optim.weight_decay
     match optim.optimizer:
         case "adamw":
-            return torch.optim.AdamW(trainable, lr=rate, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(
+                trainable, lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+            )
         case "adamw_8bit":
-            return _eight_bit(bitsandbytes.optim.AdamW8bit(trainable, lr=rate, weight_decay=decay))
+            return _eight_bit("AdamW8bit", trainable, optim)
         case "paged_adamw_8bit":
-            paged = bitsandbytes.optim.PagedAdamW8bit(trainable, lr=rate, weight_decay=decay)
-            return _eight_bit(paged)
+            return _eight_bit("PagedAdamW8bit", trainable, optim)
 
 
-def _eight_bit(optimizer: object) -> torch.optim.Optimizer:
-    assert isinstance(optimizer, torch.optim.Optimizer)
+def _eight_bit(name: str, trainable: list[nn.Parameter], optim: OptimSpec) -> torch.optim.Optimizer:
+    build = vars(bitsandbytes.optim)[name]  # bitsandbytes has no types
+    optimizer: torch.optim.Optimizer = build(
+        trainable, lr=optim.learning_rate, weight_decay=optim.weight_decay
+    )
     return optimizer
 
 

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 import torch
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -24,7 +24,7 @@ from studio.domain.proof import Proof
 from studio.domain.spec import LoraSpec
 from studio.domain.targets import TargetGroup, count_by_group, select, target_modules
 from workers.engine.batches import IGNORED, Example
-from workers.engine.model import SIXTEEN_BIT, lora_layers
+from workers.engine.model import SIXTEEN_BIT, base_of, lora_layers
 
 NUM_SHOWN = 3
 # Fewer steps than this say nothing about a trend.
@@ -33,7 +33,7 @@ MIN_STEPS = 10
 
 def prove_targets(model: PeftModel, lora: LoraSpec) -> Proof:
     """Compare the layers that carry a LoRA, and all that trains, with what was selected."""
-    chosen = select(target_modules(model.get_base_model().config.to_dict()), lora.targets)
+    chosen = select(target_modules(base_of(model).config.to_dict()), lora.targets)
     group_of = {f"model.{module.name}": module.group for module in chosen}
     expected = count_by_group(chosen, lora.rank)
     layers = lora_layers(model)
@@ -140,7 +140,7 @@ def prove_mask(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) 
 
 def prove_learned(model: PeftModel, lora: LoraSpec) -> Proof:
     """Measure the Frobenius norm of the update (alpha / rank) B A in every target group."""
-    chosen = select(target_modules(model.get_base_model().config.to_dict()), lora.targets)
+    chosen = select(target_modules(base_of(model).config.to_dict()), lora.targets)
     layers = lora_layers(model)
     squares = dict.fromkeys(TargetGroup, 0.0)
     still: dict[TargetGroup, int] = {}
@@ -172,7 +172,8 @@ def prove_loss(losses: Sequence[float]) -> Proof:
     return Proof(name="loss", passed=last < first, summary=summary, details=details)
 
 
-def _trainable(module: nn.Module) -> int:
+def _trainable(module: nn.Module | LoraLayer) -> int:
+    assert isinstance(module, nn.Module)
     return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
 
@@ -213,6 +214,11 @@ def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, An
 def _update_norm(layer: LoraLayer) -> float:
     # |B A|^2 = trace(B'B A A'): two rank x rank matrices instead of one of the weight's size.
     (name,) = layer.active_adapters
-    a_RI, b_OR = layer.lora_A[name].weight.double(), layer.lora_B[name].weight.double()
+    a_RI, b_OR = _weight(layer.lora_A[name]), _weight(layer.lora_B[name])
     square = ((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum()
     return abs(float(layer.scaling[name])) * math.sqrt(max(0.0, float(square)))
+
+
+def _weight(linear: nn.Module) -> torch.Tensor:
+    assert isinstance(linear, nn.Linear)
+    return linear.weight.double()

@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 
-from studio.disk import RunFolder, disk_errors, write_whole
+from studio.disk import RunFolder, write_whole
 from studio.domain.metrics import StepRecord
 from studio.domain.proof import Proof, Proofs
-from studio.errors import StudioError
+from studio.errors import StudioError, disk_errors
 
 PACKAGES = ("delta-studio", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
 

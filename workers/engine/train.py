@@ -27,7 +27,7 @@ from studio.errors import EngineError, InputError
 from workers.engine.batches import Example, count_steps, micro_batches, read_examples, step_order
 from workers.engine.checkpoint import save_adapter, save_checkpoint
 from workers.engine.loss import supervised_loss
-from workers.engine.model import add_adapter, find_base, load_base, load_tokenizer
+from workers.engine.model import add_adapter, base_of, find_base, load_base, load_tokenizer
 from workers.engine.optim import build_optimizer, learning_rate_at, set_learning_rate
 from workers.engine.proofs import (
     prove_coverage,
@@ -112,7 +112,9 @@ def build(folder: RunFolder) -> Training:
     report.proofs(proofs)
     _refuse_failed(proofs)
     if spec.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
     # The model is not prepared: at world size 1 accelerate would only wrap it for gradient
     # exchange with nobody.
     optimizer = accelerator.prepare(build_optimizer(model.parameters(), spec.optim))
@@ -153,16 +155,18 @@ def step(training: Training, examples: list[Example]) -> None:
     spec, number = training.spec, len(training.losses) + 1
     model, accelerator, optimizer = training.model, training.accelerator, training.optimizer
     num_supervised = sum(example.num_supervised for example in examples)
-    base = model.get_base_model()
+    base = base_of(model)
+    decoder = base.get_decoder()  # type: ignore[no-untyped-call]
+    head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
     loss = torch.zeros((), device=accelerator.device)
     pad = int(training.tokenizer.pad_token_id or 0)
     for batch in micro_batches(examples, spec.batch.micro_batch_size, pad):
         batch = batch.to(accelerator.device)
-        output = base.model(batch.tokens_BT, attention_mask=batch.mask_BT, use_cache=False)
+        output = decoder(batch.tokens, attention_mask=batch.mask, use_cache=False)
         share = supervised_loss(
             output.last_hidden_state,
-            batch.labels_BT,
-            base.lm_head,
+            batch.labels,
+            head,
             num_supervised=max(1, num_supervised),
         )
         accelerator.backward(share)

@@ -1,0 +1,53 @@
+"""Settings come from the environment, and a wrong one is named."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from studio.settings import Settings
+
+
+def test_without_an_environment_the_page_listens_on_loopback_only() -> None:
+    settings = Settings(_env_file=None)
+    assert settings.host == "127.0.0.1"
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("STUDIO_HOME", str(tmp_path / "h"))
+    monkeypatch.setenv("STUDIO_PORT", "8123")
+    settings = Settings()
+    assert (settings.home, settings.port) == (tmp_path / "h", 8123)
+
+
+def test_what_is_given_by_hand_wins_over_the_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("STUDIO_PORT", "8123")
+    assert Settings(port=8124).port == 8124
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "-1", "http", "", "7860.5"])
+def test_a_wrong_port_is_named(monkeypatch: pytest.MonkeyPatch, port: str) -> None:
+    monkeypatch.setenv("STUDIO_PORT", port)
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert [error["loc"] for error in caught.value.errors()] == [("port",)]
+
+
+def test_variables_of_later_versions_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUDIO_SOMETHING_NEW", "1")
+    assert Settings().port >= 1
+
+
+def test_the_home_folder_is_absolute_and_its_tilde_is_expanded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Settings(home=Path("~/h")).resolved_home() == tmp_path.resolve() / "h"
+    assert Settings(home=Path("h")).resolved_home() == Path.cwd() / "h"
+
+
+def test_settings_do_not_change_once_read() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().port = 1

@@ -1,0 +1,217 @@
+"""Whole runs of a few steps, and what stops them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from studio.disk import RunFolder
+from studio.domain.metrics import StepRecord
+from studio.domain.proof import Proof, Proofs
+from studio.errors import EngineError, InputError
+from tests.workers.engine.conftest import MakeRun
+from workers.engine.checkpoint import load_checkpoint, save_checkpoint
+from workers.engine.model import load_adapter, load_base
+from workers.engine.train import Training, build, step, stop, train
+
+
+def records(run: RunFolder) -> list[StepRecord]:
+    lines = run.metrics.read_text(encoding="utf-8").splitlines()
+    return [StepRecord.model_validate_json(line) for line in lines]
+
+
+def losses(run: RunFolder) -> list[float]:
+    return [record.values["loss"] for record in records(run)]
+
+
+def proofs(run: RunFolder) -> dict[str, Proof]:
+    found = Proofs.model_validate_json(run.proofs.read_text(encoding="utf-8"))
+    return {proof.name: proof for proof in found.proofs}
+
+
+def test_a_run_leaves_all_that_its_folder_promises(make_run: MakeRun) -> None:
+    run = make_run()
+    train(run)
+    result = json.loads(run.result.read_text())
+    assert result["state"] == "FINISHED"
+    assert (result["step"], result["total_steps"]) == (3, 3)
+    assert result["peak_memory_bytes"] > 2**20
+    assert result["versions"]["torch"] == torch.__version__.split("+")[0] or result["versions"]
+    assert json.loads(run.stage.read_text()) == {"stage": "finished", "detail": "step 3"}
+    steps = records(run)
+    assert [record.step for record in steps] == [1, 2, 3]
+    assert {record.total_steps for record in steps} == {3}
+    assert set(steps[0].values) == {
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "step_seconds",
+        "tokens_per_second",
+        "supervised_tokens",
+    }
+    measured = proofs(run)
+    assert list(measured) == ["targets", "mask", "coverage", "learned", "loss"]
+    assert {name: proof.passed for name, proof in measured.items()} == {
+        "targets": True,
+        "mask": True,
+        "coverage": True,
+        "learned": True,
+        "loss": None,
+    }
+    assert (run.adapter / "adapter_model.safetensors").exists()
+    assert (run.checkpoint(3) / "state.json").exists()
+    assert not run.error.exists()
+    left = [path.name for path in run.path.rglob(".*")]
+    assert left == []
+
+
+def test_the_adapter_of_a_run_loads_on_nf4_and_on_sixteen_bits(
+    make_run: MakeRun, bases: dict[str, Path]
+) -> None:
+    run = make_run(model={"id": "tiny/qwen3-next"}, lora={"targets": ["shared_expert"]})
+    train(run)
+    assert proofs(run)["coverage"].passed is False
+    for method in ("qlora", "lora"):
+        load_adapter(load_base(bases["qwen3-next"], method=method), run.adapter)
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_the_same_seed_gives_bit_identical_losses(make_run: MakeRun, method: str) -> None:
+    first, second, other = (
+        make_run(method=method, lora={"dropout": 0.1}, train={"max_steps": 4, "seed": seed})
+        for seed in (1, 1, 2)
+    )
+    for run in (first, second, other):
+        train(run)
+    assert losses(first) == losses(second)
+    assert losses(first) != losses(other)
+
+
+def test_micro_batch_times_accumulation_gives_the_same_losses(make_run: MakeRun) -> None:
+    found = []
+    for size in (1, 2, 8):
+        batch = {"micro_batch_size": size, "gradient_accumulation_steps": 8 // size}
+        run = make_run(batch=batch, train={"max_steps": 2})
+        train(run)
+        found.append(losses(run))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_no_loss(make_run: MakeRun) -> None:
+    plain, saving = make_run(), make_run(train={"gradient_checkpointing": True})
+    train(plain)
+    train(saving)
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
+    make_run: MakeRun, optimizer: str
+) -> None:
+    changes: dict[str, Any] = {"optim": {"optimizer": optimizer}, "lora": {"dropout": 0.2}}
+    whole, again = build(make_run(**changes)), build(make_run(**changes))
+    torch.manual_seed(3)
+    examples = [whole.examples[start : start + 4] for start in (0, 4, 8)]
+    for part in examples[:2]:
+        step(whole, part)
+    saved = save_checkpoint(whole.folder, whole.model, whole.optimizer, step=2, base_id="tiny/x")
+    step(whole, examples[2])
+    again.losses = whole.losses[:2]
+    assert load_checkpoint(saved, again.model, again.optimizer) == 2
+    step(again, examples[2])
+    assert again.losses == whole.losses
+
+
+def test_a_broken_checkpoint_is_told(make_run: MakeRun) -> None:
+    training = build(make_run())
+    step(training, training.examples[:4])
+    saved = save_checkpoint(
+        training.folder, training.model, training.optimizer, step=1, base_id="tiny/x"
+    )
+    (saved / "optimizer.pt").unlink()
+    with pytest.raises(EngineError, match="cannot be loaded"):
+        load_checkpoint(saved, training.model, training.optimizer)
+
+
+def test_a_second_attempt_starts_from_a_clean_folder(make_run: MakeRun) -> None:
+    run = make_run(train={"max_steps": 2})
+    train(run)
+    run.error.write_text("{}")
+    train(run)
+    assert len(records(run)) == 2
+    assert not run.error.exists()
+
+
+# ---- what stops a run -------------------------------------------------------------------------
+
+
+def broken_base(base: Path, folder: Path, tensor: str) -> Path:
+    shutil.copytree(base, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[tensor].fill_(torch.nan)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def weights(training: Training) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in training.model.parameters() if p.requires_grad]
+
+
+def test_a_loss_that_is_no_number_stops_before_the_weights_change(
+    make_run: MakeRun, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = broken_base(bases["qwen3.5"], tmp_path / "nan", "lm_head.weight")
+    training = build(make_run(model={"id": str(base)}))
+    before = weights(training)
+    chosen = [training.examples[index] for index in (7, 2, 5)]
+    lines = ", ".join(str(line) for line in sorted(example.line for example in chosen))
+    with pytest.raises(EngineError) as caught:
+        step(training, chosen)
+    assert "The loss is nan at step 1" in caught.value.message
+    assert f"lines of the dataset: {lines}." in caught.value.message
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(training), strict=True))
+    assert not training.folder.metrics.exists()
+
+
+def test_a_gradient_that_is_no_number_stops_too(make_run: MakeRun) -> None:
+    training = build(make_run())
+    trainable: Any = next(p for p in training.model.parameters() if p.requires_grad)
+    trainable.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(EngineError, match="gradient norm is"):
+        step(training, training.examples[:2])
+
+
+def test_more_gpus_than_there_are_is_a_sentence(make_run: MakeRun) -> None:
+    with pytest.raises(EngineError, match="asks for 2 GPUs; more than one is not supported yet"):
+        train(make_run(train={"num_gpus": 2}))
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineError, match="finds no CUDA GPU on this machine"):
+            train(make_run(train={"num_gpus": 1}))
+
+
+def test_too_long_examples_are_a_sentence(make_run: MakeRun) -> None:
+    with pytest.raises(EngineError, match=r"longer than 20 tokens; the longest is line \d+"):
+        train(make_run(data={"max_length_tokens": 20}))
+
+
+def test_a_broken_spec_is_the_users_fault(make_run: MakeRun) -> None:
+    run = make_run()
+    run.spec.write_text("{")
+    with pytest.raises(InputError, match=r"no readable spec.json"):
+        train(run)
+    run.spec.write_text('{"lora": {"rank": 0}}')
+    with pytest.raises(InputError, match=r"lora.rank is 0"):
+        train(run)
+
+
+def test_a_stopped_run_says_so(make_run: MakeRun) -> None:
+    training = build(make_run())
+    step(training, training.examples[:4])
+    stop(training)
+    result = json.loads(training.folder.result.read_text())
+    assert (result["state"], result["step"], result["total_steps"]) == ("STOPPED", 1, 3)

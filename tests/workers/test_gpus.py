@@ -1,0 +1,37 @@
+"""The inventory of cards."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from workers.gpus import Gpu, inventory, parse
+
+# nvidia-smi 580 with --format=csv,noheader,nounits on a machine with two cards.
+TWO_CARDS = "0, NVIDIA H100 80GB HBM3, 81559, 4\n1, NVIDIA H100 80GB HBM3, 81559, 40960\n"
+
+
+def test_cards_are_read_with_their_memory_in_gib() -> None:
+    first, second = parse(TWO_CARDS)
+    assert first == Gpu(
+        index=0, name="NVIDIA H100 80GB HBM3", total_gib=81559 / 1024, used_gib=4 / 1024
+    )
+    assert (second.index, second.used_gib) == (1, 40.0)
+
+
+def test_no_lines_are_no_cards() -> None:
+    assert parse("") == []
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a driver")
+def test_without_a_driver_there_are_no_cards() -> None:
+    assert inventory() == []
+
+
+def test_the_inventory_is_json_for_the_doctor() -> None:
+    answer = subprocess.run(
+        [sys.executable, "-m", "workers.gpus"], capture_output=True, text=True, check=True
+    )
+    assert len(json.loads(answer.stdout)) == len(inventory())
