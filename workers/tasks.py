@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from studio.domain.orders import ChatOrder, MergeOrder
-
 from studio.disk import OrderFolder, RunFolder, write_whole
+from studio.domain.orders import ChatOrder, MergeOrder
 from studio.domain.run import RunState
 from studio.domain.spec import JobSpec
 from studio.errors import InputError, StudioError

@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from html import escape
 from typing import Any, TypeVar
 
 import gradio as gr
@@ -46,7 +47,9 @@ def _in_words(error: Exception) -> gr.Error:
     if isinstance(error, gr.Error):
         return error
     if isinstance(error, StudioError):
-        return gr.Error(str(error), title="That did not work", print_exception=False, duration=12)
+        # The toast shows HTML, and a message quotes what someone wrote.
+        text = escape(str(error), quote=False)
+        return gr.Error(text, title="That did not work", print_exception=False, duration=12)
     logger.error("a handler of the page failed", exc_info=error)
     text = f"{type(error).__name__}. Nothing was changed; the terminal of the studio has more."
     return gr.Error(text, title="A fault of the studio", print_exception=False, duration=12)

@@ -115,7 +115,7 @@ def to_values(spec: JobSpec, found: Sequence[Leaf]) -> list[Any]:
 
 def _to_component(leaf: Leaf, value: Any) -> Any:
     if leaf.kind in (int, float):
-        return "" if value is None else f"{value:.12g}" if leaf.kind is float else str(value)
+        return "" if value is None else repr(value).removesuffix(".0")
     return "" if value is None else value
 
 
@@ -139,8 +139,6 @@ def to_spec(values: Sequence[Any], found: Sequence[Leaf]) -> JobSpec:
 
 
 def _from_component(leaf: Leaf, value: Any) -> Any:
-    if leaf.is_optional and value in ("", None):
-        return None
     if isinstance(value, str):
-        return value.strip()
-    return value
+        value = value.strip()
+    return None if leaf.is_optional and value == "" else value

@@ -1,0 +1,155 @@
+"""The main job from the command line, and what bad input is answered with."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from studio.disk import TEMPLATES, Home
+from tests.e2e.conftest import ROOT, end_worker
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+
+EXAMPLE = TEMPLATES / "data" / "tidemark-support.jsonl"
+OUR_FAULT, WRONG_INPUT = 1, 2
+
+
+class Shell:
+    """Runs `studio` on one home folder."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "studio", *arguments, "--home", str(self.home)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    def values(self, *arguments: str) -> Any:
+        """Run with --json and return what it prints; it must succeed."""
+        done = self.run(*arguments, "--json")
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def refusal(self, *arguments: str) -> str:
+        """Run what must be refused and return the words."""
+        done = self.run(*arguments)
+        assert done.returncode == WRONG_INPUT, done.stderr
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    shell = Shell(tmp_path_factory.mktemp("cli-home"))
+    yield shell
+    end_worker(Home(path=shell.home))
+
+
+def test_main_job_from_the_command_line(shell: Shell, tmp_path: Path) -> None:
+    checked = shell.values("dataset", "check", str(EXAMPLE))
+    assert (checked["num_conversations"], checked["num_errors"]) == (200, 0)
+    added = shell.values("dataset", "add", str(EXAMPLE), "--name", "desk")
+    assert added["num_conversations"] == 200
+    assert [row["name"] for row in shell.values("dataset", "list")] == ["desk"]
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("preset: tiny-qwen3.5\ndata: {dataset: desk}\ntrain: {max_steps: 4}\n")
+    run = shell.values("run", str(spec), "--wait")
+    assert (run["state"], run["step"]) == ("FINISHED", 4)
+    proofs = {proof["name"]: proof["passed"] for proof in shell.values("show", "1")["proofs"]}
+    assert proofs["targets"]
+    assert proofs["mask"]
+    assert proofs["coverage"]
+    assert [row["id"] for row in shell.values("runs")] == [1]
+    merge = shell.values("merge", "1", "--wait")
+    assert (merge["state"], merge["certificate_passed"]) == ("FINISHED", True)
+    assert (Path(merge["folder"]) / "model.safetensors").exists()
+    question = ("-m", "How long is the Tidemark warranty?", "--max-tokens", "6")
+    tuned = shell.values("chat", "1", *question)
+    base = shell.values("chat", "1", *question, "--base")
+    assert (tuned["model"], base["model"]) == ("tuned", "base")
+    assert "already" in shell.refusal("stop", "1")
+
+
+def test_a_run_without_wait_goes_on_and_can_be_stopped(shell: Shell, tmp_path: Path) -> None:
+    shell.values("dataset", "add", str(EXAMPLE))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(
+        "preset: tiny-qwen3-next\ndata: {dataset: '1'}\ntrain: {epochs: 500, max_steps: 100000}\n"
+    )
+    run = shell.values("run", str(spec))
+    assert run["state"] in ("QUEUED", "RUNNING")
+    number = str(run["id"])
+    while shell.values("show", number)["step"] < 2:
+        continue
+    assert shell.values("stop", number)["state"] in ("STOPPING", "STOPPED")
+    while (now := shell.values("show", number))["state"] == "STOPPING":
+        continue
+    assert now["state"] == "STOPPED"
+    folder = Path(now["folder"])
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert len(list((folder / "checkpoints").iterdir())) == 1
+
+
+def test_bad_input_is_answered_in_words(shell: Shell, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"messages": [{"role": "bot", "content": "x"}]}\n')
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    text = tmp_path / "text.jsonl"
+    text.write_text("hello\n")
+    spec = tmp_path / "spec.yaml"
+    assert "line 1, messages[0].role" in shell.refusal("dataset", "add", str(bad))
+    assert "holds no conversations" in shell.refusal("dataset", "add", str(empty))
+    assert "line 1: not JSON" in shell.refusal("dataset", "check", str(text))
+    assert "cannot be read" in shell.refusal("dataset", "add", str(tmp_path / "none.jsonl"))
+    assert shell.values("dataset", "list") == [
+        row for row in shell.values("dataset", "list") if row["name"] not in ("bad", "empty")
+    ]
+    cases = {
+        "preset: nope": "There is no preset 'nope'",
+        "preset: tiny-qwen3.5\nlora: {targets: [nope]}": "lora.targets.0 is 'nope'",
+        "preset: tiny-qwen3.5\nlora: {targets: [shared_expert]}\ndata: {dataset: '1'}": "shared_expert matches nothing in this model",
+        "preset: tiny-qwen3.5\noptim: {learning_rate: .nan}": "optim.learning_rate is",
+        "preset: tiny-qwen3.5": "No dataset is chosen",
+        "preset: tiny-qwen3.5\ndata: {dataset: elsewhere}": "There is no dataset 'elsewhere'",
+    }
+    shell.run("dataset", "add", str(EXAMPLE))
+    for content, words in cases.items():
+        spec.write_text(content)
+        assert words in shell.refusal("run", str(spec))
+    assert "There is no run 99" in shell.refusal("show", "99")
+    assert "There is no run 99" in shell.refusal("merge", "99")
+    assert "message is empty" in shell.refusal("chat", "1", "-m", " ")
+    assert "no login yet" in shell.refusal("up", "--host", "0.0.0.0")
+
+
+def test_a_port_in_use_is_said_before_anything_starts(shell: Shell) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"Port {port} on 127.0.0.1 is in use" in shell.refusal("up", "--port", port)
+        assert f"Port {port} on 127.0.0.1 is in use" in shell.refusal("demo", "--port", port)
+
+
+def test_a_home_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    done = Shell(file / "home").run("runs")
+    assert done.returncode == WRONG_INPUT
+    assert "Traceback" not in done.stderr
+
+
+def test_presets_and_doctor_report_as_json(shell: Shell) -> None:
+    names = [preset["name"] for preset in shell.values("presets")]
+    assert names[0] == "tiny-qwen3.5"
+    assert len(names) == 9
+    findings = {finding["name"]: finding for finding in shell.values("doctor")}
+    assert findings["torch"]["good"]
+    assert findings["disk"]["good"]
