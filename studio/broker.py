@@ -52,10 +52,11 @@ class _Message(BaseModel):
     ]
 
 
-class Channel(filesystem.Channel):  # type: ignore[misc]
+class Channel(filesystem.Channel):
     """A channel that survives files which are no messages."""
 
-    def _put(self, queue: str, payload: dict[str, Any], **_: Any) -> None:
+    # kombu calls the second argument message in one parent and payload in the other.
+    def _put(self, queue: str, payload: dict[str, Any], **_: Any) -> None:  # type: ignore[override]
         """Write one message so that no reader sees half of it."""
         name = f"{time.time_ns()}_{uuid.uuid4()}.{queue}.msg"
         try:
@@ -63,7 +64,7 @@ class Channel(filesystem.Channel):  # type: ignore[misc]
         except MachineError as error:
             raise ChannelError(error.message) from error
 
-    def _get(self, queue: str) -> dict[str, Any]:
+    def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:
         """Return the next message that can be read.
 
         Raises:
@@ -89,7 +90,7 @@ class Channel(filesystem.Channel):  # type: ignore[misc]
             super()._queue_bind(exchange, routing_key, pattern, queue)
 
 
-class Transport(filesystem.Transport):  # type: ignore[misc]
+class Transport(filesystem.Transport):
     """kombu's folder transport with the channel above."""
 
     Channel = Channel

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Sequence
 
-from studio.dispatch import Bell, CeleryDispatch
+from studio.dispatch import Bell, CeleryDispatch, Dispatch
 from studio.domain.run import RunState
 from studio.errors import StudioError
 from studio.store import leases, runs
@@ -36,7 +36,7 @@ def start(shop: Shop) -> threading.Thread:
     return thread
 
 
-def _loop(shop: Shop, dispatch: CeleryDispatch) -> None:
+def _loop(shop: Shop, dispatch: Dispatch) -> None:
     while not shop.closing.is_set():
         try:
             tick(shop, dispatch)
@@ -45,7 +45,7 @@ def _loop(shop: Shop, dispatch: CeleryDispatch) -> None:
         shop.closing.wait(TICK_SECONDS)
 
 
-def tick(shop: Shop, dispatch: CeleryDispatch) -> None:
+def tick(shop: Shop, dispatch: Dispatch) -> None:
     """Look once: end what expired, ring for what waits."""
     end_orphans(shop, _expired(shop))
     with shop.database.read() as session:

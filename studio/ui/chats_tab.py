@@ -186,13 +186,13 @@ def _talk(
     asked: list[History] = [[*history, {"role": "user", "content": text}] for history in histories]
     busy = (gr.Button(interactive=False), gr.Button(interactive=True))
     opening = show.notice("info", "Opening the model ...")
-    yield "", *asked, opening, *busy
+    yield gr.skip(), *asked, opening, *busy
     row = _open(studio, key)
     row = chats.wait_ready(studio, row.id, lambda _: None)
-    requests = [_plain(history, system) for history in asked]
+    requests = [_plain(history, (system or "").strip()) for history in asked]
     for answers in _both(studio, row, requests, sampling):
         shown_now = [[*history, *answer] for history, answer in zip(asked, answers, strict=True)]
-        yield gr.skip(), *shown_now, "", gr.skip(), gr.skip()
+        yield "", *shown_now, "", gr.skip(), gr.skip()
 
 
 def _plain(history: History, system: str) -> History:
@@ -202,7 +202,7 @@ def _plain(history: History, system: str) -> History:
         for turn in history
         if not (turn.get("metadata") or {}).get("title")
     ]
-    return [{"role": "system", "content": system.strip()}, *plain] if system.strip() else plain
+    return [{"role": "system", "content": system}, *plain] if system else plain
 
 
 def _text(content: Any) -> str:

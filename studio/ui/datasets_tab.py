@@ -11,6 +11,7 @@ from studio.domain.conversation import Conversation
 from studio.domain.validation import Report
 from studio.services import datasets
 from studio.services.studio import Studio
+from studio.store.rows import DatasetRow
 from studio.ui import show
 from studio.ui.edge import shown
 
@@ -54,26 +55,7 @@ def build(studio: Studio) -> DatasetsTab:
             )
             report = gr.HTML(EMPTY, elem_id="dataset-report")
             with gr.Column(visible=False) as browser:
-                preview = gr.Chatbot(
-                    label="Conversation",
-                    height=420,
-                    render_markdown=False,
-                    allow_tags=False,
-                    buttons=["copy"],
-                    feedback_options=None,
-                    elem_id="dataset-preview",
-                )
-                with gr.Row(equal_height=True):
-                    back = gr.Button("← Previous", min_width=90, elem_id="dataset-back")
-                    number = gr.Number(
-                        1,
-                        label="Conversation",
-                        precision=0,
-                        minimum=1,
-                        min_width=90,
-                        elem_id="dataset-number",
-                    )
-                    forward = gr.Button("Next →", min_width=90, elem_id="dataset-forward")
+                preview, back, number, forward = _reader()
 
     def take_file(path: str | None, progress: Any = gr.Progress()) -> Any:
         if path is None:
@@ -85,20 +67,11 @@ def build(studio: Studio) -> DatasetsTab:
         )
         if row is None:
             return show.rejected(name, found), gr.skip(), gr.skip()
-        return (
-            _welcome(row.name, found),
-            gr.Dropdown(choices=choices(studio), value=row.sha256),
-            row.sha256,
-        )
+        return _taken(studio, row, found)
 
     def take_example() -> Any:
         row = datasets.import_example(studio)
-        found = Report.model_validate(row.report)
-        return (
-            _welcome(row.name, found),
-            gr.Dropdown(choices=choices(studio), value=row.sha256),
-            row.sha256,
-        )
+        return _taken(studio, row, Report.model_validate(row.report))
 
     def look(sha256: str | None) -> Any:
         if not sha256:
@@ -119,6 +92,36 @@ def build(studio: Studio) -> DatasetsTab:
     forward.click(shown(lambda sha, at: turn(sha, at, 1)), [pick, number], [number, preview])
     number.submit(shown(lambda sha, at: turn(sha, at, 0)), [pick, number], [number, preview])
     return DatasetsTab(pick=pick, added=added)
+
+
+def _reader() -> tuple[gr.Chatbot, gr.Button, gr.Number, gr.Button]:
+    """Lay out one Conversation, and the way to the ones before and after it."""
+    preview = gr.Chatbot(
+        label="Conversation",
+        height=420,
+        render_markdown=False,
+        allow_tags=False,
+        buttons=["copy"],
+        feedback_options=None,
+        elem_id="dataset-preview",
+    )
+    with gr.Row(equal_height=True):
+        back = gr.Button("← Previous", min_width=90, elem_id="dataset-back")
+        number = gr.Number(
+            1,
+            label="Conversation",
+            precision=0,
+            minimum=1,
+            min_width=90,
+            elem_id="dataset-number",
+        )
+        forward = gr.Button("Next →", min_width=90, elem_id="dataset-forward")
+    return preview, back, number, forward
+
+
+def _taken(studio: Studio, row: DatasetRow, found: Report) -> tuple[str, gr.Dropdown, str]:
+    pick = gr.Dropdown(choices=choices(studio), value=row.sha256)
+    return _welcome(row.name, found), pick, row.sha256
 
 
 def _welcome(name: str, found: Report) -> str:

@@ -67,25 +67,7 @@ def build(studio: Studio) -> RunsTab:
                     rate = chart("Learning rate", "chart-learning-rate")
                 with gr.Column(min_width=280):
                     norm = chart("Gradient norm before clipping", "chart-grad-norm")
-            with gr.Accordion("Log", open=False):
-                log = gr.Textbox(
-                    show_label=False,
-                    lines=14,
-                    max_lines=14,
-                    interactive=False,
-                    autoscroll=True,
-                    elem_classes="log",
-                    elem_id="run-log",
-                    container=False,
-                )
-            with gr.Accordion("Spec", open=False):
-                spec = gr.Code(
-                    language="yaml",
-                    interactive=False,
-                    show_label=False,
-                    buttons=["copy"],
-                    elem_id="run-spec",
-                )
+            log, spec = _folded()
 
     outputs = [pick, head, stop, to_merge, to_chat, loss, rate, norm, proofs, log, spec]
 
@@ -105,6 +87,30 @@ def build(studio: Studio) -> RunsTab:
         shown(look), [pick, seen], [seen, *outputs], **watching
     )
     return RunsTab(pick=pick, to_merge=to_merge, to_chat=to_chat)
+
+
+def _folded() -> tuple[gr.Textbox, gr.Code]:
+    """Lay out what is folded away at first: log and spec."""
+    with gr.Accordion("Log", open=False):
+        log = gr.Textbox(
+            show_label=False,
+            lines=14,
+            max_lines=14,
+            interactive=False,
+            autoscroll=True,
+            elem_classes="log",
+            elem_id="run-log",
+            container=False,
+        )
+    with gr.Accordion("Spec", open=False):
+        spec = gr.Code(
+            language="yaml",
+            interactive=False,
+            show_label=False,
+            buttons=["copy"],
+            elem_id="run-spec",
+        )
+    return log, spec
 
 
 def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:

@@ -50,4 +50,4 @@ def test_the_home_folder_is_absolute_and_its_tilde_is_expanded(
 
 def test_settings_do_not_change_once_read() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        Settings().port = 1
+        Settings().port = 1  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ def test_any_split_of_the_bytes_gives_the_same_records(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
         follower, found = Follower(path), list[StepRecord]()
-        for begin, end in zip(edges, edges[1:], strict=False):
+        for begin, end in pairwise(edges):
             append(path, whole[begin:end])
             found.extend(follower.read())
     assert found == written

@@ -80,9 +80,7 @@ def test_a_child_finds_the_packages_and_keeps_the_paths_it_had() -> None:
 
 
 def test_a_trainer_has_one_rank_a_card_and_one_on_a_cpu() -> None:
-    ranks = {
-        gpus: launcher.trainer_command(Path("/r"), gpus)[4] for gpus in (0, 1, 8)
-    }
+    ranks = {gpus: launcher.trainer_command(Path("/r"), gpus)[4] for gpus in (0, 1, 8)}
     assert ranks == {0: "--nproc-per-node=1", 1: "--nproc-per-node=1", 8: "--nproc-per-node=8"}
 
 
@@ -159,7 +157,7 @@ def test_asking_a_process_that_has_ended_does_nothing(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
-def test_asking_to_stop_is_a_signal_that_a_process_can_heed(tmp_path: Path) -> None:
+def test_asking_to_stop_is_a_signal_that_a_process_can_heed() -> None:
     process = subprocess.Popen(["sleep", "600"])
     launcher.ask_to_stop(process)
     assert process.wait(60) == -signal.SIGTERM

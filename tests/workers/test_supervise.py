@@ -204,5 +204,3 @@ def test_what_ended_is_recorded_once_and_only_by_its_holder(
     row = get_run(shop.database, lease.id)
     assert (row.state, row.result) == (RunState.FINISHED, {"step": 3})
     assert sum("held by another worker" in entry.getMessage() for entry in caplog.records) == 2
-
-

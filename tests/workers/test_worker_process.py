@@ -1,20 +1,22 @@
 """One embedded worker as a real process: its lock, its bells, its end, and what it survives."""
 
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import TextIOWrapper
-from pathlib import Path
 
 import pytest
 
-from studio.disk import Home, is_locked, take_lock
+from studio.disk import TEMPLATES, Home, is_locked, take_lock
 from studio.dispatch import Bell, CeleryDispatch
 from studio.domain.run import RunState
+from studio.store import leases
 from studio.store.database import Database
-from tests.rows import add_run, get_run
+from studio.store.rows import RunRow
+from tests.rows import NO_DATASET, add_run, get_run
 from workers.__main__ import IDLE_LOOKS_BEFORE_END, LOCK_TAKEN_EXIT_CODE, LOOK_SECONDS
 
 GARBAGE = {
@@ -111,6 +113,20 @@ def test_a_run_whose_dataset_file_is_gone_fails_in_words(worker: Worker) -> None
     assert row.error["message"] == SENTENCE
 
 
+def test_a_run_that_is_stopped_while_it_starts_has_not_failed(worker: Worker) -> None:
+    file = worker.home.dataset(NO_DATASET)
+    shutil.copy(TEMPLATES / "data" / "tidemark-support.jsonl", file)
+    run_id = add_run(worker.database)
+    CeleryDispatch(worker.home).ring(Bell.TRAIN)
+    wait_until(lambda: worker.state(run_id) != RunState.QUEUED)
+    with worker.database.write() as session:
+        assert leases.move(session, RunRow, run_id, RunState.STOPPING, now=time.time())
+    wait_until(lambda: RunState(worker.state(run_id)).is_final)
+    row = get_run(worker.database, run_id)
+    assert (row.state, row.error) == (RunState.STOPPED, None)
+    file.unlink()
+
+
 def test_a_second_worker_on_the_same_home_says_so_and_leaves(worker: Worker) -> None:
     second = subprocess.run(command(worker.home), capture_output=True, text=True, check=False)
     assert second.returncode == LOCK_TAKEN_EXIT_CODE
@@ -127,9 +143,7 @@ def test_messages_that_cannot_be_read_do_not_end_the_worker(worker: Worker) -> N
         part.rename(queue / f"0_{name}.celery.msg")
     run_id = add_run(worker.database)
     CeleryDispatch(worker.home).ring(Bell.TRAIN)
-    wait_until(
-        lambda: RunState(worker.state(run_id)).is_final or worker.process.poll() is not None
-    )
+    wait_until(lambda: RunState(worker.state(run_id)).is_final or worker.process.poll() is not None)
     wait_until(lambda: not list(queue.iterdir()) or worker.process.poll() is not None)
     assert worker.process.poll() is None
     assert worker.state(run_id) == RunState.FAILED

@@ -5,7 +5,7 @@ import asyncio
 import httpx
 import pytest
 from starlette.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from studio.ui.guard import Guard
 
@@ -121,8 +121,11 @@ def test_what_is_no_request_goes_through() -> None:
     async def lifespan(scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG001
         seen.append(scope["type"])
 
-    async def nothing(*_: object) -> dict[str, object]:
+    async def receive() -> Message:
         return {}
 
-    asyncio.run(Guard(lifespan)({"type": "lifespan"}, nothing, nothing))
+    async def send(_: Message) -> None:
+        return
+
+    asyncio.run(Guard(lifespan)({"type": "lifespan"}, receive, send))
     assert seen == ["lifespan"]

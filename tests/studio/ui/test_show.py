@@ -2,6 +2,7 @@
 
 import time
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,7 @@ class Page(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Note a tag and what it carries."""
         self.tags.add(tag)
         self.attributes.update(name for name, _ in attrs)
         self.links += [value or "" for name, value in attrs if name == "href"]
@@ -40,10 +42,12 @@ class Page(HTMLParser):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
+        """See that tags are closed in order."""
         if tag != "br":
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
+        """Note what is read."""
         self.text += data
 
 
@@ -104,7 +108,7 @@ def certificate(text: str = "", *, passed: bool = True) -> Certificate:
     )
 
 
-def preset(text: str = "", **needs: object) -> Preset:
+def preset(text: str = "", **needs: Any) -> Preset:
     return Preset(
         title=f"t{text}",
         summary=f"s{text}",
@@ -247,14 +251,12 @@ def test_a_finding_about_the_whole_file_has_no_line() -> None:
         ({"gpus": 1, "gpu_memory_gib": 24, "memory_basis": "computed"}, "24 GiB (computed) ·"),
     ],
 )
-def test_a_preset_says_what_it_needs(needs: dict[str, object], words: str) -> None:
+def test_a_preset_says_what_it_needs(needs: dict[str, Any], words: str) -> None:
     assert words in Page(show.preset(preset(**needs))).text
 
 
 def test_a_running_run_shows_how_long_it_takes() -> None:
-    page = Page(
-        show.run_head(run(), progress(elapsed_seconds=61.0, left_seconds=(120.0, 180.0)))
-    )
+    page = Page(show.run_head(run(), progress(elapsed_seconds=61.0, left_seconds=(120.0, 180.0))))
     assert "1 min 1 s so far · 2 min 0 s to 3 min 0 s left" in page.text
     assert "step 3 of 9" in page.text
 
