@@ -10,7 +10,7 @@ STUDIO := $(VENV)/bin/studio
 OPTIONS := $(if $(HOME_DIR),--home $(HOME_DIR)) $(if $(PORT),--port $(PORT))
 MIN_FREE_MIB := 4096
 
-.PHONY: demo run test check setup clean
+.PHONY: demo run test check screenshots setup clean
 
 demo: setup
 	@$(STUDIO) demo $(OPTIONS) $(if $(EXIT),--exit)
@@ -28,6 +28,14 @@ test: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && \
 	$(VENV)/bin/lint-imports --no-cache && $(VENV)/bin/pytest -m "not slow"
+
+# The README's pictures, made by the browser test's own code.
+screenshots: $(VENV)/.installed-dev
+	@.ci/system-packages
+	@$(VENV)/bin/pytest -q tests/e2e/test_browser.py
+	@mkdir -p docs/screenshots
+	@for page in datasets train runs artifacts chat; do \
+		cp test-output/screenshots/$$page-1440.png docs/screenshots/$$page.png; done
 
 setup: $(VENV)/.installed
 

@@ -135,14 +135,13 @@ def _wire_choices(
         return _kept(artifacts_tab.choices(studio), chosen)
 
     def talkers(chosen: str | None) -> Any:
-        found = chats_tab.choices(studio)
-        return _kept(found, chosen), "" if found else chats_tab.EMPTY
+        return _kept(chats_tab.choices(studio), chosen)
 
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     datasets_page.select(shown(all_datasets), datasets.pick, datasets.pick, **quiet)
     train_page.select(shown(all_datasets), train.dataset, train.dataset, **quiet)
     artifacts_page.select(shown(adapters), artifacts.pick, artifacts.pick, **quiet)
-    chat_page.select(shown(talkers), chats.pick, [chats.pick, chats.note], **quiet)
+    chat_page.select(shown(talkers), chats.pick, chats.pick, **quiet)
     datasets.added.change(
         shown(lambda sha: gr.Dropdown(choices=datasets_tab.choices(studio), value=sha)),
         datasets.added,
@@ -176,8 +175,8 @@ def _wire_steps(
 
     def to_chat(run_id: int | None) -> Any:
         found = chats_tab.choices(studio)
-        return gr.Tabs(selected="chat"), _kept(found, f"run:{run_id}"), ""
+        return gr.Tabs(selected="chat"), _kept(found, f"run:{run_id}")
 
     train.launched.change(shown(to_run), train.launched, [tabs, runs.pick])
     runs.to_merge.click(shown(to_merge), runs.pick, [tabs, artifacts.pick])
-    runs.to_chat.click(shown(to_chat), runs.pick, [tabs, chats.pick, chats.note])
+    runs.to_chat.click(shown(to_chat), runs.pick, [tabs, chats.pick])

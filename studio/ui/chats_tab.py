@@ -26,7 +26,6 @@ class ChatsTab:
     """Components that other tabs and the page's start refer to."""
 
     pick: gr.Dropdown
-    note: gr.HTML
 
 
 def choices(studio: Studio) -> list[tuple[str, str]]:
@@ -41,6 +40,25 @@ def choices(studio: Studio) -> list[tuple[str, str]]:
         if artifacts.has_adapter(studio, row)
     ]
     return merged + adapters
+
+
+def note_for(studio: Studio, key: str | None) -> str:
+    """Return what stands above the chat: a warning that a tiny base only makes noise."""
+    if not key:
+        return EMPTY
+    run = runs.get(studio, _run_id(studio, key))
+    if not runs.spec_of(run).model.id.startswith("tiny/"):
+        return ""
+    return show.notice(
+        "info",
+        "The base is a tiny model with random weights: its answers are noise. "
+        "What the tuned model says, it has learned in the run.",
+    )
+
+
+def _run_id(studio: Studio, key: str) -> int:
+    kind, _, number = key.partition(":")
+    return artifacts.get(studio, int(number)).run_id if kind == "merge" else int(number)
 
 
 def build(studio: Studio) -> ChatsTab:
@@ -99,9 +117,14 @@ def build(studio: Studio) -> ChatsTab:
     running.then(**idle)
     halt.click(_idle, None, [send, halt], cancels=[running], show_progress="hidden")
     clear.click(lambda: ([], [], ""), None, [base, tuned, answers], cancels=[running]).then(**idle)
-    pick.change(lambda: ([], [], ""), None, [base, tuned, answers], show_progress="hidden")
+    pick.change(
+        shown(lambda key: ([], [], "", note_for(studio, key))),
+        pick,
+        [base, tuned, answers, note],
+        show_progress="hidden",
+    )
     ask_all.click(shown(recall), pick, answers)
-    return ChatsTab(pick=pick, note=note)
+    return ChatsTab(pick=pick)
 
 
 def _chatbot(label: str, elem_id: str) -> gr.Chatbot:
@@ -192,7 +215,7 @@ def _talk(
     requests = [_plain(history, (system or "").strip()) for history in asked]
     for answers in _both(studio, row, requests, sampling):
         shown_now = [[*history, *answer] for history, answer in zip(asked, answers, strict=True)]
-        yield "", *shown_now, "", gr.skip(), gr.skip()
+        yield "", *shown_now, note_for(studio, key), gr.skip(), gr.skip()
 
 
 def _plain(history: History, system: str) -> History:

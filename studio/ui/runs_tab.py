@@ -56,10 +56,8 @@ def build(studio: Studio) -> RunsTab:
                 stop = gr.Button(
                     "Stop", variant="stop", interactive=False, min_width=90, elem_id="run-stop"
                 )
-                to_merge = gr.Button(
-                    "Merge ...", interactive=False, min_width=90, elem_id="run-merge"
-                )
-                to_chat = gr.Button("Chat ...", interactive=False, min_width=90, elem_id="run-chat")
+                to_merge = gr.Button("Merge", interactive=False, min_width=90, elem_id="run-merge")
+                to_chat = gr.Button("Chat", interactive=False, min_width=90, elem_id="run-chat")
             proofs = gr.HTML(elem_id="run-proofs")
             loss = chart("Loss (nats per supervised token)", "chart-loss")
             with gr.Row():

@@ -25,6 +25,7 @@ class Shell:
         self.home = home
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run one command."""
         command = [sys.executable, "-m", "studio", *arguments, "--home", str(self.home)]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 

@@ -14,7 +14,7 @@ const make = (name, attributes, text) => {
 const ticks = (low, high, wanted) => {
   const span = high - low || Math.abs(high) || 1;
   const rough = span / wanted, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const step = [1, 2, 2.5, 5, 10].map((m) => m * power).find((s) => s >= rough);
   const found = [];
   for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-6; t += step) found.push(t);
   return found;
@@ -49,7 +49,7 @@ const draw = () => {
   const sy = (y) => TOP + (1 - (y - y0) / (y1 - y0)) * (HEIGHT - TOP - BOTTOM);
   const svg = make('svg', { width, height: HEIGHT, role: 'img',
     'aria-label': `${data.name}: ${points.length} points, last ${label(ys[ys.length - 1])}` });
-  for (const t of ticks(y0, y1, 4)) {
+  for (const t of ticks(y0, y1, 5)) {
     svg.append(make('line', { class: 'grid', x1: LEFT, x2: width - RIGHT, y1: sy(t), y2: sy(t) }));
     svg.append(make('text', { class: 'tick', x: LEFT - 8, y: sy(t) + 4, 'text-anchor': 'end' }, label(t)));
   }
