@@ -58,11 +58,13 @@ class Before:
         logits: (tokens, vocabulary) on the CPU, in the precision of the model, by prompt.
         effect_kl: KL(base + Adapter || base) in nats, by prompt.
         delta_kept: See Certificate.
+        delta_held: See Certificate.
     """
 
     logits: dict[str, torch.Tensor]
     effect_kl: dict[str, float]
     delta_kept: dict[str, float]
+    delta_held: dict[str, float]
 
 
 def certify(
@@ -101,6 +103,7 @@ def certify(
         targeted_tensors=tuple(sorted(placed.values())),
         changed_tensors=changed,
         delta_kept=before.delta_kept,
+        delta_held=before.delta_held,
         num_tensors=len(written.file_of),
         files={
             str(path.relative_to(merged)): sha256(path)
@@ -132,29 +135,41 @@ def changed_tensors(base: Shards, written: Shards) -> tuple[str, ...]:
     return tuple(sorted(changed))
 
 
-def delta_kept(
+def changes_carried(
     model: PeftModel, base: Shards, written: Shards, placed: dict[str, str]
-) -> dict[str, float]:
-    """Return the share of each change that the written tensor carries, by tensor.
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Compare what each tensor carries with what the Adapter means.
 
     Args:
         model: Base with Adapter.
         base: Shards of the base.
         written: Shards of the merge.
         placed: Tensor of the base that each layer of the Adapter changes.
+
+    Returns:
+        delta_kept and delta_held of a Certificate, by tensor.
     """
-    shares: dict[str, float] = {}
+    kept: dict[str, float] = {}
+    held: dict[str, float] = {}
     for name, module in model.named_modules():
         if isinstance(module, Linear):
             key = placed[name.removeprefix(_PEFT_PREFIX)]
             meant = module.get_delta_weight(module.active_adapters[0]).detach()
-            meant = meant.to("cpu", torch.float64).flatten()
-            done = (written.read(key).double() - base.read(key).double()).flatten()
-            size = meant.dot(meant).item()
-            # An Adapter that means no change keeps all of it; that the tensor is targeted and
-            # unchanged is a failure of its own.
-            shares[key] = done.dot(meant).item() / size if size else 1.0
-    return shares
+            meant = meant.to("cpu", torch.float32)
+            before = base.read(key)
+            rounded = (before.float() + meant).to(before.dtype).double() - before.double()
+            done = written.read(key).double() - before.double()
+            kept[key] = _share(done, rounded)
+            held[key] = _share(rounded, meant.double())
+    return kept, held
+
+
+def _share(done: torch.Tensor, meant: torch.Tensor) -> float:
+    """Return how much of one change another one is: <done, meant> / <meant, meant>."""
+    size = meant.flatten().dot(meant.flatten()).item()
+    # A change of nothing is carried in full; that a targeted tensor did not change is a failure
+    # of its own.
+    return done.flatten().dot(meant.flatten()).item() / size if size else 1.0
 
 
 def compare(adapter: torch.Tensor, merged: torch.Tensor) -> tuple[float, float, float, float]:
@@ -206,7 +221,7 @@ def _ask_adapter(
 ) -> Before:
     loaded = load_base(base.folder, method="lora", device=_roomy_device(base))
     model = load_adapter(loaded, Path(order.adapter))
-    kept = delta_kept(model, base, written, placed)
+    kept, held = changes_carried(model, base, written, placed)
     logits = {label: _logits(model, ids) for label, ids in prompts.items()}
     effect_kl = {}
     with model.disable_adapter():
@@ -214,7 +229,7 @@ def _ask_adapter(
             effect_kl[label] = compare(logits[label], _logits(model, ids))[0]
     del loaded, model
     _free_memory()
-    return Before(logits=logits, effect_kl=effect_kl, delta_kept=kept)
+    return Before(logits=logits, effect_kl=effect_kl, delta_kept=kept, delta_held=held)
 
 
 def _ask_merged(merged: Shards, prompts: Prompts, before: Before) -> tuple[PromptCheck, ...]:

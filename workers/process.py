@@ -1,4 +1,4 @@
-"""What a merge and a chat process have in common: how they begin, what they tell, how they fail.
+"""What training, merge and chat processes share: how they begin, what they tell, how they fail.
 
 Exit code 0: done; 64: what the user gave is wrong; 1: any other failure; for both see error.json.
 """
@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
@@ -20,12 +21,44 @@ from studio.errors import EngineError, InputError, MachineError, StudioError
 
 EXIT_INPUT = 64  # EX_USAGE of sysexits.h
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+MEMORY_HINT = "Stop other runs and chats on it, or use a machine with more memory."
 
 log = logging.getLogger(__name__)
 
 
+def run_process(error_file: Path, act: Callable[[], None], *, memory_hint: str) -> int:
+    """Carry out what a process was started for; say in its error file what went wrong.
+
+    Args:
+        error_file: Receives {"type", "message", "hint"} of a failure.
+        act: What to do.
+        memory_hint: What a user can do when memory is used up.
+
+    Returns:
+        The exit code.
+    """
+    _die_with_parent()
+    _speak_plainly()
+    error_file.unlink(missing_ok=True)
+    try:
+        act()
+    except StudioError as error:
+        return _failed(error_file, error)
+    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
+        return _failed(error_file, out_of_memory(error, memory_hint))
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = MachineError("The disk is full.", "Free some space, then start it again.")
+            return _failed(error_file, full)
+        message = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
+        hint = "This is a fault of the studio; see log.txt."
+        _write_error(error_file, type(error).__name__, message, hint)
+        raise
+    return 0
+
+
 def run_order(folder: OrderFolder, act: Callable[[OrderFolder], None]) -> int:
-    """Carry out an order; say in error.json what went wrong.
+    """Carry out the order of a merge or a chat process.
 
     Args:
         folder: Folder of the order.
@@ -34,24 +67,7 @@ def run_order(folder: OrderFolder, act: Callable[[OrderFolder], None]) -> int:
     Returns:
         The exit code.
     """
-    _die_with_parent()
-    _speak_plainly()
-    folder.error.unlink(missing_ok=True)
-    try:
-        act(folder)
-    except StudioError as error:
-        return _failed(folder, error)
-    except (torch.cuda.OutOfMemoryError, MemoryError) as error:
-        return _failed(folder, out_of_memory(error))
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = MachineError("The disk is full.", "Free some space, then start it again.")
-            return _failed(folder, full)
-        message = str(error).strip().splitlines()[0] if str(error).strip() else "no message"
-        hint = "This is a fault of the studio; see log.txt."
-        _write_error(folder, type(error).__name__, message, hint)
-        raise
-    return 0
+    return run_process(folder.error, lambda: act(folder), memory_hint=MEMORY_HINT)
 
 
 def tell_stage(folder: OrderFolder, stage: str, detail: str, fraction: float) -> None:
@@ -72,24 +88,21 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def out_of_memory(error: BaseException) -> EngineError:
+def out_of_memory(error: BaseException, hint: str = MEMORY_HINT) -> EngineError:
     """Say in a sentence whose memory is used up."""
     where = "GPU" if isinstance(error, torch.cuda.OutOfMemoryError) else "machine"
-    return EngineError(
-        f"The {where} ran out of memory.",
-        "Stop other runs and chats on it, or use a machine with more memory.",
-    )
+    return EngineError(f"The {where} ran out of memory.", hint)
 
 
-def _failed(folder: OrderFolder, error: StudioError) -> int:
+def _failed(error_file: Path, error: StudioError) -> int:
     log.error("%s", error, exc_info=error)
-    _write_error(folder, type(error).__name__, error.message, error.hint)
+    _write_error(error_file, type(error).__name__, error.message, error.hint)
     return EXIT_INPUT if isinstance(error, InputError) else 1
 
 
-def _write_error(folder: OrderFolder, type_name: str, message: str, hint: str) -> None:
+def _write_error(error_file: Path, type_name: str, message: str, hint: str) -> None:
     values = {"type": type_name, "message": message, "hint": hint}
-    write_whole(folder.error, json.dumps(values, indent=2))
+    write_whole(error_file, json.dumps(values, indent=2))
 
 
 def _die_with_parent() -> None:

@@ -10,28 +10,32 @@ from pydantic import Field
 
 from studio.domain.section import Section
 
-# Share of the Adapter's change that a re-read tensor carries: <merged - base, change> over
-# <change, change>. Rounding to 16 bits is noise that has no direction, so it hardly moves this
-# share, however small the change is; a lost change gives 0, a wrong scale the ratio of the scales.
+# What decides about a tensor is the share of its change that it carries as re-read from the disk:
+# <merged - base, change> over <change, change>, where the change is PEFT's own product of the
+# Adapter, rounded as 16 bits must round it. A lost change gives 0, a wrong scale the ratio of the
+# scales. How much of the unrounded change 16 bits can hold is a figure of its own, that only
+# informs: a small update falls below the last bit of large weights, in anyone's merge.
 #
-# Measured: the three tiny families, bfloat16 base, LoRA of rank 32 on all targets after 80 steps
-# at learning rate 5e-3 (L) or 2e-4 (S), the 8 prompts of workers/certify.py, model computed in
-# float32 or bfloat16. tests/workers/test_merge.py measures again and loses changes on purpose.
-#                                    honest merge       one tensor lost     all lost
-#   share kept of a tensor           0.998 .. 1.001     0 (that tensor)     0
-#   mean KL in nats      L float32   2e-6 .. 4e-6       2e-6 .. 0.05        0.20 .. 0.23
-#                        L bfloat16  2e-5 .. 9e-5       2e-5 .. 0.05        0.20 .. 0.23
-#                        S float32   1e-6 .. 1e-4       1e-6 .. 0.007       0.027 .. 0.038
-#                        S bfloat16  9e-6 .. 3e-4       9e-6 .. 0.008       0.028 .. 0.038
-#   worst logit difference (spreads) 0.03 .. 4.9        0.03 .. 19          14 .. 18
-#   same favourite, all prompts      0.83 .. 0.997      0.35 .. 0.999       0
-#   (of the honest merges: on their worst prompt)
-# So the share finds one lost tensor, which no number read from logits can (the gates of a single
-# delta net hardly speak); mean KL finds a model that behaves differently. The two last lines do
-# not separate: a router between two near-equal experts, or two near-equal tokens, flips on
-# rounding. They are shown and decide nothing. Not measured yet: published weights on a card.
-MAX_DELTA_KEPT_ERROR = 0.1
-MAX_MEAN_KL = 0.005
+# What decides about the whole model is the KL of the next token over the 8 prompts of
+# workers/certify.py. Rounding flips near-equal routing choices of experts, so that an honest merge
+# of a mixture of experts is not silent; the limit stands above that and far below a lost change.
+#
+# Measured: the three tiny families, bfloat16 base, LoRA of rank 32 on all targets, entries of B of
+# size 0.001 to 0.05 (after training at 5e-3: 0.015 to 0.035), float32 compute, two seeds each:
+#                                      dense              experts            all lost
+#   change carried, as rounded         1.000 .. 1.000     1.000 .. 1.000     0
+#   change held by 16 bits, B 0.001    0.909 .. 0.998     0.912 .. 1.005
+#                           B >= 0.005 0.995 .. 1.002     0.996 .. 1.004
+#   mean KL in nats                    2e-4 .. 3e-4       0.007 .. 0.041     the effect
+#   effect of the Adapter in nats      0.001 .. 1.4       0.04 .. 1.8
+#   same favourite token               0.95 .. 0.98       0.78 .. 0.94
+#   worst logit difference (spreads)   0.08 .. 0.17       1.5 .. 3.8
+# The two last lines do not separate; they are shown and decide nothing. A single lost tensor is
+# found by its share only: the gates of one delta net hardly speak. Not measured yet: published
+# weights, and merges on a card.
+MAX_DELTA_KEPT_ERROR = 0.02
+MAX_MEAN_KL = 0.1
+MAX_KL_OF_EFFECT = 0.1
 
 
 class PromptCheck(Section):
@@ -60,8 +64,9 @@ class Certificate(Section):
     """The proofs of a Merge, written beside the weights.
 
     Attributes:
-        delta_kept: Share of the Adapter's change that each targeted tensor carries, as re-read
-            from the disk and compared with PEFT's own product of the Adapter; 1 is all of it.
+        delta_kept: Share of the Adapter's change, rounded to the precision of the weights, that
+            each targeted tensor carries as re-read from the disk; 1 is all of it.
+        delta_held: Share of the unrounded change that the precision of the weights can hold.
     """
 
     version: Literal[1] = 1
@@ -72,6 +77,7 @@ class Certificate(Section):
     targeted_tensors: tuple[str, ...]
     changed_tensors: tuple[str, ...]
     delta_kept: dict[str, float]
+    delta_held: dict[str, float] = Field(default_factory=dict)
     num_tensors: int = Field(ge=1)
     files: dict[str, str] = Field(description="Name and sha256 of every file of the merge.")
     prompts: tuple[PromptCheck, ...] = Field(min_length=1)
@@ -133,10 +139,11 @@ class Certificate(Section):
         if self.distorted_tensors:
             shares = [f"{n} ({self.delta_kept.get(n, 0.0):.0%})" for n in self.distorted_tensors]
             found.append(f"Changed by another amount than the Adapter's: {_some(tuple(shares))}.")
-        if self.mean_kl > MAX_MEAN_KL:
+        limit = max(MAX_MEAN_KL, MAX_KL_OF_EFFECT * self.effect_kl)
+        if self.mean_kl > limit:
             found.append(
                 f"The merge answers differently from base and Adapter: {self.mean_kl:.4f} nats a "
-                f"token, at most {MAX_MEAN_KL} is rounding (the fine-tune itself makes "
+                f"token, at most {limit:.4g} is rounding (the fine-tune itself makes "
                 f"{self.effect_kl:.4f})."
             )
         return tuple(found)

@@ -79,21 +79,7 @@ def build(studio: Studio) -> ChatsTab:
     with gr.Row():
         base = _chatbot("Base", "chat-base")
         tuned = _chatbot("Tuned", "chat-tuned")
-    with gr.Row(equal_height=True):
-        message = gr.Textbox(
-            placeholder="Ask both models something ...",
-            show_label=False,
-            container=False,
-            scale=6,
-            max_lines=6,
-            elem_id="chat-message",
-            autofocus=False,
-        )
-        send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="chat-send")
-        halt = gr.Button(
-            "Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="chat-stop"
-        )
-        clear = gr.Button("Clear", scale=1, min_width=80, elem_id="chat-clear")
+    message, send, halt, clear = _entry()
     with gr.Accordion("Settings", open=False):
         settings = _settings()
     answers = gr.HTML(elem_id="chat-answers")
@@ -125,6 +111,26 @@ def build(studio: Studio) -> ChatsTab:
     )
     ask_all.click(shown(recall), pick, answers)
     return ChatsTab(pick=pick)
+
+
+def _entry() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Button]:
+    """Lay out where one writes: message, send, stop, clear."""
+    with gr.Row(equal_height=True):
+        message = gr.Textbox(
+            placeholder="Ask both models something ...",
+            show_label=False,
+            container=False,
+            scale=6,
+            max_lines=6,
+            elem_id="chat-message",
+            autofocus=False,
+        )
+        send = gr.Button("Send", variant="primary", scale=1, min_width=80, elem_id="chat-send")
+        halt = gr.Button(
+            "Stop", variant="stop", scale=1, min_width=80, interactive=False, elem_id="chat-stop"
+        )
+        clear = gr.Button("Clear", scale=1, min_width=80, elem_id="chat-clear")
+    return message, send, halt, clear
 
 
 def _chatbot(label: str, elem_id: str) -> gr.Chatbot:

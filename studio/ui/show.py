@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from studio.domain.certificate import Certificate
@@ -226,7 +226,8 @@ def certificate(found: Certificate) -> str:
     cells = [
         ("targeted tensors changed", changed),
         ("other tensors changed", str(len(found.unexpected_tensors))),
-        ("of the adapter's change kept, worst tensor", _worst_kept(found)),
+        ("of the change carried, worst tensor", _worst(found.delta_kept)),
+        ("of the change fit into 16 bits, worst tensor", _worst(found.delta_held)),
         ("nats between adapter and merge", f"{found.mean_kl:.2g}"),
         ("nats between base and adapter", f"{found.effect_kl:.2g}"),
         ("same first choice of token", f"{found.top1_agreement:.1%}"),
@@ -253,10 +254,9 @@ def certificate(found: Certificate) -> str:
     )
 
 
-def _worst_kept(found: Certificate) -> str:
-    """Return the share that strays furthest from the whole change."""
-    shares = found.delta_kept.values()
-    return f"{max(shares, key=lambda share: abs(share - 1)):.1%}" if shares else "none"
+def _worst(shares: Mapping[str, float]) -> str:
+    """Return the share that strays furthest from the whole."""
+    return f"{max(shares.values(), key=lambda share: abs(share - 1)):.1%}" if shares else "none"
 
 
 def recall(found: Recall) -> str:

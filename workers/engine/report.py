@@ -15,7 +15,7 @@ import torch
 from studio.disk import RunFolder, write_whole
 from studio.domain.metrics import StepRecord
 from studio.domain.proof import Proof, Proofs
-from studio.errors import StudioError, disk_errors
+from studio.errors import disk_errors
 
 PACKAGES = ("delta-studio", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
@@ -74,13 +74,6 @@ class Reporter:
             "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
         }
         write_whole(self._run.result, json.dumps(values, indent=2))
-
-
-def write_error(run: RunFolder, error: StudioError | None, *, type_name: str, message: str) -> None:
-    """Write why the run failed."""
-    hint = "this is a fault of the studio; see log.txt" if error is None else error.hint
-    values = {"type": type_name, "message": message, "hint": hint}
-    write_whole(run.error, json.dumps(values, indent=2))
 
 
 def peak_memory_bytes() -> int:

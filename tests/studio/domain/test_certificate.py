@@ -93,6 +93,17 @@ def test_each_failure_is_one_sentence_with_its_numbers() -> None:
     assert not found.passed
 
 
+def test_what_rounding_may_move_grows_with_what_the_fine_tune_does() -> None:
+    strong = prompt(kl=0.5).model_copy(update={"effect_kl": 6.0})
+
+    assert certificate(strong).passed
+    assert not certificate(strong.model_copy(update={"effect_kl": 4.0})).passed
+
+
+def test_a_change_too_small_for_16_bits_only_informs() -> None:
+    assert certificate().model_copy(update={"delta_held": {"a": 0.6}}).passed
+
+
 def test_many_lost_tensors_are_counted_rather_than_listed() -> None:
     found = certificate(kept={f"{i}": 1.0 for i in range(8)}, changed={"0"})
 
