@@ -203,7 +203,7 @@ class Home:
 
     @property
     def worker_lock(self) -> Path:
-        """Locked by the worker as long as it lives; holds its process number."""
+        """Locked by the worker as long as it lives; see `worker_note`."""
         return self.path / "worker.lock"
 
     @property
@@ -257,6 +257,16 @@ def write_whole(path: Path, text: str) -> None:
             temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def worker_note(pid: int, *, is_closing: bool) -> str:
+    """Return what a worker writes into its lock file: its number, and whether it takes work."""
+    return f"{pid}\n{'closing' if is_closing else 'open'}\n"
+
+
+def worker_is_closing(home: Home) -> bool:
+    """Tell whether the worker of a home folder takes no more work and is about to end."""
+    return home.worker_lock.exists() and "closing" in home.worker_lock.read_text(encoding="utf-8")
 
 
 def take_lock(path: Path, *, shared: bool = False) -> TextIOWrapper | None:

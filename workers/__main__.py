@@ -12,11 +12,12 @@ import sys
 import threading
 import uuid
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from celery.signals import worker_shutting_down
 
-from studio.disk import Home, is_locked, take_lock
+from studio.disk import Home, is_locked, take_lock, worker_note
 from studio.settings import Settings
 from studio.store import leases
 from studio.store.database import Database
@@ -49,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if lock is None:
         logger.error("another worker serves %s already", home.path)
         return LOCK_TAKEN_EXIT_CODE
-    lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
-    lock.flush()
+    _note(lock, is_closing=False)
     shop = Shop(
         home=home,
         database=Database(home.database),
@@ -59,10 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         owner=f"worker-{os.getpid()}-{uuid.uuid4().hex[:8]}",
     )
     configure(shop)
-    worker_shutting_down.connect(lambda **_: shop.closing.set(), weak=False)
+
+    def close(**_: object) -> None:
+        _note(lock, is_closing=True)
+        shop.closing.set()
+
+    worker_shutting_down.connect(close, weak=False)
     reconcile.start(shop)
     if options.embedded:
-        threading.Thread(target=_end_when_idle, args=(shop,), name="idle", daemon=True).start()
+        threading.Thread(target=_end_when_idle, args=(shop, lock), daemon=True).start()
     app.worker_main(
         [
             "worker",
@@ -78,20 +82,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _end_when_idle(shop: Shop) -> None:
+def _note(lock: TextIOWrapper, *, is_closing: bool) -> None:
+    lock.seek(0)
+    lock.truncate(0)
+    lock.write(worker_note(os.getpid(), is_closing=is_closing))
+    lock.flush()
+
+
+def _end_when_idle(shop: Shop, lock: TextIOWrapper) -> None:
     idle = 0
-    while idle < IDLE_LOOKS_BEFORE_END and not shop.closing.wait(LOOK_SECONDS):
-        idle = idle + 1 if _is_idle(shop) else 0
-    logger.info("no page is open and nothing is left to do: ending")
-    os.kill(os.getpid(), signal.SIGTERM)
+    while not shop.closing.wait(LOOK_SECONDS):
+        idle = idle + 1 if not is_locked(shop.home.client_lock) and not _has_work(shop) else 0
+        if idle >= IDLE_LOOKS_BEFORE_END and _close(shop, lock):
+            logger.info("no page is open and nothing is left to do: ending")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
-def _is_idle(shop: Shop) -> bool:
-    if is_locked(shop.home.client_lock):
+def _close(shop: Shop, lock: TextIOWrapper) -> bool:
+    """Announce the end, unless somebody needs the worker after all.
+
+    Whoever needs a worker locks the client lock before it looks at the worker: either this sees
+    that lock or the work, or the other sees the announcement and starts a worker of its own.
+    """
+    nobody = take_lock(shop.home.client_lock)
+    if nobody is None:
         return False
+    with nobody:
+        if _has_work(shop):
+            return False
+        _note(lock, is_closing=True)
+        return True
+
+
+def _has_work(shop: Shop) -> bool:
     # A chat without a page is of no use to anyone; runs and merges are.
     with shop.database.read() as session:
-        return not any(
+        return any(
             leases.queued(session, table) or leases.live(session, table)
             for table in (RunRow, ArtifactRow)
         )

@@ -2,10 +2,11 @@
 
 import subprocess
 import sys
+import threading
 import time
 from io import TextIOWrapper
 
-from studio.disk import Home, is_locked, take_lock
+from studio.disk import Home, is_locked, take_lock, worker_is_closing
 from studio.errors import MachineError
 from studio.services.studio import Studio
 
@@ -38,11 +39,18 @@ def is_alive(home: Home) -> bool:
 
 
 def ensure_worker(home: Home) -> None:
-    """Start an embedded worker unless one lives.
+    """Start an embedded worker unless one lives; one that is about to end is waited for.
 
     Raises:
-        MachineError: It ended at once.
+        MachineError: It ended at once, or an old one does not end.
     """
+    deadline = time.monotonic() + START_SECONDS
+    while is_alive(home) and worker_is_closing(home):
+        if time.monotonic() > deadline:
+            raise MachineError(
+                "The old worker does not end.", f"Its log {home.worker_log} says what it does."
+            )
+        time.sleep(0.05)
     if is_alive(home):
         return
     with home.worker_log.open("ab") as log:
@@ -53,7 +61,8 @@ def ensure_worker(home: Home) -> None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    deadline = time.monotonic() + START_SECONDS
+    # Whoever starts a process takes note of its end, or it stays in the system's list.
+    threading.Thread(target=process.wait, daemon=True).start()
     while not is_alive(home) and time.monotonic() < deadline:
         if process.poll() is not None:
             raise MachineError(

@@ -71,7 +71,7 @@ def end_worker(home: Home) -> None:
     """Ask the embedded worker to end, and kill it when it does not: no test leaves one behind."""
     if not is_locked(home.worker_lock):
         return
-    pid = int(home.worker_lock.read_text())
+    pid = int(home.worker_lock.read_text().split()[0])
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + 20
     while is_locked(home.worker_lock) and time.monotonic() < deadline:

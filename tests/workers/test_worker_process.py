@@ -1,21 +1,26 @@
 """One embedded worker as a real process: its lock, its bells, its end, and what it survives."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import TextIOWrapper
+from pathlib import Path
 
 import pytest
 
-from studio.disk import TEMPLATES, Home, is_locked, take_lock
+from studio.disk import TEMPLATES, Home, is_locked, take_lock, worker_is_closing
 from studio.dispatch import Bell, CeleryDispatch
 from studio.domain.run import RunState
+from studio.services.workers import ensure_worker, need_worker
 from studio.store import leases
 from studio.store.database import Database
 from studio.store.rows import RunRow
+from tests.fakes import make_studio
 from tests.rows import NO_DATASET, add_run, get_run
 from workers.__main__ import IDLE_LOOKS_BEFORE_END, LOCK_TAKEN_EXIT_CODE, LOOK_SECONDS
 
@@ -132,7 +137,7 @@ def test_a_second_worker_on_the_same_home_says_so_and_leaves(worker: Worker) -> 
     assert second.returncode == LOCK_TAKEN_EXIT_CODE
     assert f"another worker serves {worker.home.path} already" in second.stderr
     assert worker.process.poll() is None
-    assert worker.home.worker_lock.read_text() == f"{worker.process.pid}\n"
+    assert worker.home.worker_lock.read_text() == f"{worker.process.pid}\nopen\n"
 
 
 def test_messages_that_cannot_be_read_do_not_end_the_worker(worker: Worker) -> None:
@@ -160,3 +165,23 @@ def test_the_worker_lives_while_a_page_is_open_and_ends_by_itself_afterwards(
     assert worker.process.wait(100) == 0
     assert not is_locked(worker.home.worker_lock)
     assert "no page is open and nothing is left to do" in worker.log
+
+
+def test_work_that_comes_while_a_worker_ends_gets_a_new_worker(tmp_path: Path) -> None:
+    studio = make_studio(tmp_path)
+    ensure_worker(studio.home)
+    first = worker_number(studio.home)
+    wait_until(lambda: worker_is_closing(studio.home))
+    run_id = add_run(studio.database)
+    with need_worker(studio):
+        assert worker_number(studio.home) != first
+        CeleryDispatch(studio.home).ring(Bell.TRAIN)
+        wait_until(lambda: get_run(studio.database, run_id).state == RunState.FAILED)
+        os.kill(worker_number(studio.home), signal.SIGTERM)
+        wait_until(lambda: not is_locked(studio.home.worker_lock))
+
+
+def worker_number(home: Home) -> int:
+    """Return the process number of the worker that has written its note last."""
+    wait_until(lambda: home.worker_lock.read_text().endswith("\n"))
+    return int(home.worker_lock.read_text().split()[0])
