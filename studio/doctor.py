@@ -72,8 +72,12 @@ def _gpus() -> Finding:
     cards = json.loads(answer.stdout) if answer.returncode == 0 else []
     if not cards:
         return Finding(name="gpus", good=None, text="none: the tiny presets train on the CPU")
-    text = ", ".join(f"{card['name']} ({card['total_gib']:.0f} GiB)" for card in cards)
+    text = ", ".join(f"{card['name']} ({_memory(card['total_gib'])})" for card in cards)
     return Finding(name="gpus", good=True, text=text)
+
+
+def _memory(total_gib: float | None) -> str:
+    return "memory unknown" if total_gib is None else f"{total_gib:.0f} GiB"
 
 
 def _worker(studio: Studio) -> Finding:

@@ -14,12 +14,12 @@ _QUERY = "index,name,memory.total,memory.used"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """One card."""
+    """One card; its memory is None where the driver does not tell."""
 
     index: int
     name: str
-    total_gib: float
-    used_gib: float
+    total_gib: float | None
+    used_gib: float | None
 
 
 def inventory() -> list[Gpu]:
@@ -38,7 +38,7 @@ def inventory() -> list[Gpu]:
 
 
 def parse(text: str) -> list[Gpu]:
-    """Parse nvidia-smi's CSV; memory comes in MiB."""
+    """Parse nvidia-smi's CSV; memory comes in MiB, or as [N/A] where it is the machine's own."""
     cards = []
     for line in text.splitlines():
         index, name, total, used = (part.strip() for part in line.split(","))
@@ -46,11 +46,15 @@ def parse(text: str) -> list[Gpu]:
             Gpu(
                 index=int(index),
                 name=name,
-                total_gib=float(total) / 1024,
-                used_gib=float(used) / 1024,
+                total_gib=_gib(total),
+                used_gib=_gib(used),
             )
         )
     return cards
+
+
+def _gib(mib: str) -> float | None:
+    return float(mib) / 1024 if mib.replace(".", "", 1).isdecimal() else None
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import threading
 import time
 from collections.abc import Sequence
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from studio.dispatch import Bell, CeleryDispatch, Dispatch
 from studio.domain.run import RunState
 from studio.errors import StudioError
@@ -40,7 +42,8 @@ def _loop(shop: Shop, dispatch: Dispatch) -> None:
     while not shop.closing.is_set():
         try:
             tick(shop, dispatch)
-        except StudioError as error:
+        except (StudioError, SQLAlchemyError, OSError) as error:
+            # The next look may find the database free and the disk there again.
             logger.error("reconcile: %s", error)
         shop.closing.wait(TICK_SECONDS)
 
@@ -81,12 +84,20 @@ def _last_words(shop: Shop, row: JobRow) -> tuple[RunState, dict[str, object]]:
                 return reached, {"result": result, "stage": ""}
     if row.state == RunState.STOPPING:
         return RunState.STOPPED, {"stage": ""}
-    words = {
+    words = _own_words(shop, row) or {
         "type": "WorkerLost",
         "message": "The worker that executed this is gone, so the work was ended.",
         "hint": "Launch it again; what it had measured until then is kept.",
     }
     return RunState.FAILED, {"error": words, "stage": ""}
+
+
+def _own_words(shop: Shop, row: JobRow) -> dict[str, object] | None:
+    """Return what the process itself said of its failure, after its worker was gone."""
+    if isinstance(row, RunRow):
+        return launcher.read_json(shop.home.run(row.id).error)
+    folder = shop.home.merge if isinstance(row, ArtifactRow) else shop.home.chat
+    return launcher.read_json(folder(row.id).error)
 
 
 def _held_by_others(shop: Shop) -> list[JobRow]:

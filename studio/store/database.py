@@ -17,7 +17,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import Session
 
 from studio.errors import MachineError, disk_errors
@@ -125,8 +125,8 @@ def _use_write_ahead_log(path: Path) -> None:
 def _database_errors() -> Iterator[None]:
     try:
         yield
-    except (OperationalError, sqlite3.OperationalError) as error:
-        text = str(error.orig if isinstance(error, OperationalError) else error)
+    except (DatabaseError, sqlite3.DatabaseError) as error:
+        text = str(error.orig if isinstance(error, DatabaseError) else error)
         if "full" in text:
             raise MachineError(
                 "The disk is full: the database could not be written.",
@@ -136,5 +136,11 @@ def _database_errors() -> Iterator[None]:
             raise MachineError(
                 "The database cannot be opened: its folder is read-only or missing.",
                 "Choose a writable home folder with --home DIR.",
+            ) from error
+        if "not a database" in text or "malformed" in text:
+            raise MachineError(
+                f"The database is damaged ({text}).",
+                "Put a backup of studio.db in its place, or choose another home folder with "
+                "--home DIR; runs, datasets and merges lie beside it untouched.",
             ) from error
         raise

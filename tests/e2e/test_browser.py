@@ -19,6 +19,8 @@ SECOND = 1000
 START, TRAIN = 90 * SECOND, 150 * SECOND
 TABS = ("Datasets", "Train", "Runs", "Artifacts", "Chat")
 WIDTHS = (1440, 390)
+# Five seconds, Playwright's own patience, are too few for a page on one busy core.
+expect.set_options(timeout=30 * SECOND)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,11 @@ def test_cards_are_read_with_their_memory_in_gib() -> None:
     assert (second.index, second.used_gib) == (1, 40.0)
 
 
+def test_memory_that_the_driver_does_not_tell_is_unknown() -> None:
+    (card,) = parse("0, NVIDIA GB10, [N/A], [N/A]\n")
+    assert (card.name, card.total_gib, card.used_gib) == ("NVIDIA GB10", None, None)
+
+
 def test_no_lines_are_no_cards() -> None:
     assert parse("") == []
 

@@ -116,6 +116,13 @@ def test_what_was_measured_is_kept(shop: Shop, orphan: leases.Lease) -> None:
         assert [point.step for point in runs.curve(session, orphan.id, "loss")] == [1, 2, 3]
 
 
+def test_what_the_trainer_said_of_its_own_failure_is_kept(shop: Shop, orphan: leases.Lease) -> None:
+    words = {"type": "InputError", "message": "The data is wrong.", "hint": "Mend it."}
+    shop.home.run(orphan.id).error.write_text(json.dumps(words))
+    tick(shop)
+    assert get_run(shop.database, orphan.id).error == words
+
+
 def test_a_run_that_was_stopping_is_stopped(shop: Shop, orphan: leases.Lease) -> None:
     set_state(shop.database, orphan.id, RunState.STOPPING)
     tick(shop)

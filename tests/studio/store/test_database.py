@@ -71,6 +71,14 @@ def test_a_database_of_a_newer_version_is_refused_in_words(tmp_path: Path) -> No
         Database(path)
 
 
+def test_a_file_that_is_no_database_is_refused_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "studio.db"
+    path.write_bytes(b"this is no database, whatever its name says" * 100)
+    with pytest.raises(MachineError, match=r"The database is damaged \(file is not a database\)"):
+        Database(path)
+    assert path.read_bytes().startswith(b"this is no database")
+
+
 def test_many_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from studio.store.database import Database; "
