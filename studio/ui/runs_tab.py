@@ -126,7 +126,7 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
     curves = runs.curves(studio, row.id, CURVES)
     head = show.run_head(row, done)
     found, recalled = runs.proofs(studio, row.id).proofs, runs.recall(studio, row.id)
-    stamps = show.proofs(found, recalled)
+    stamps = show.proofs(found, recalled, is_over=is_over)
     log = runs.log_tail(studio, row.id)
     can_stop = row.state in (RunState.QUEUED, RunState.RUNNING)
     stop_text = "Stopping ..." if row.state == RunState.STOPPING else "Stop"

@@ -190,7 +190,7 @@ def _state_words(row: RunRow) -> str:
     }[RunState(row.state)]
 
 
-def proofs(found: Sequence[Proof], recalled: Recall | None) -> str:
+def proofs(found: Sequence[Proof], recalled: Recall | None, *, is_over: bool) -> str:
     """Return the Proofs of a Run as stamps."""
     stamps = [_stamp(p.name, p.passed, p.summary) for p in found]
     if recalled is not None:
@@ -201,6 +201,8 @@ def proofs(found: Sequence[Proof], recalled: Recall | None) -> str:
         )
         stamps.append(_stamp("recall", right * 10 >= all_ * 8, text))
     if not stamps:
+        if is_over:
+            return notice("info", "The run ended before it had measured anything.")
         return notice("info", "Proofs appear here as soon as the run has measured them.")
     return f'<div class="stamps">{"".join(stamps)}</div>'
 

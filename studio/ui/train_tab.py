@@ -156,14 +156,14 @@ def _simple_fields(
     by_key["data.dataset"] = gr.Dropdown(
         choices=[],
         label="1 · Dataset",
-        info=leaf_of["data.dataset"].field.description,
+        info="What the model learns from.",
         elem_id="field-data-dataset",
         interactive=True,
     )
     by_key["preset"] = gr.Dropdown(
         choices=[(preset.title, name) for name, preset in studio.presets.items()],
         label="2 · Preset",
-        info="A tested set of choices for one model.",
+        info="A set of choices for one model, with their source.",
         elem_id="field-preset",
         interactive=True,
     )

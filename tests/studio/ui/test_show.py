@@ -133,7 +133,9 @@ SHOWN = {
     "chip": show.chip(EVIL),
     "run_head": show.run_head(run(RunState.FAILED, name=EVIL, error=WORDS), progress()),
     "run_head stage": show.run_head(run(stage=EVIL), progress()),
-    "proofs": show.proofs([proof(text=EVIL), proof(None, EVIL), proof(False, EVIL)], None),
+    "proofs": show.proofs(
+        [proof(text=EVIL), proof(None, EVIL), proof(False, EVIL)], None, is_over=False
+    ),
     "certificate": show.certificate(certificate(EVIL)),
     "certificate failed": show.certificate(certificate(EVIL, passed=False)),
     "recall": show.recall(recall(1, 2, EVIL)),
@@ -280,12 +282,13 @@ def test_a_failure_without_words_is_still_said() -> None:
 
 
 def test_before_the_first_proof_the_page_says_that_they_come() -> None:
-    assert "Proofs appear here" in show.proofs([], None)
+    assert "Proofs appear here" in show.proofs([], None, is_over=False)
+    assert "ended before" in show.proofs([], None, is_over=True)
 
 
 @pytest.mark.parametrize(("right", "kind"), [(0, "bad"), (7, "bad"), (8, "good"), (10, "good")])
 def test_recall_is_good_from_eight_of_ten(right: int, kind: str) -> None:
-    assert f'class="stamp {kind}"' in show.proofs([], recall(right, 10))
+    assert f'class="stamp {kind}"' in show.proofs([], recall(right, 10), is_over=False)
     assert f'class="notice {kind}"' in show.recall(recall(right, 10))
 
 
@@ -294,7 +297,7 @@ def test_recall_is_good_from_eight_of_ten(right: int, kind: str) -> None:
     [(True, "good", "passed"), (False, "bad", "failed"), (None, "info", "noted")],
 )
 def test_a_stamp_says_how_a_proof_came_out(passed: bool | None, kind: str, word: str) -> None:
-    html = show.proofs([proof(passed, "mask")], None)
+    html = show.proofs([proof(passed, "mask")], None, is_over=False)
     assert f'class="stamp {kind}"' in html
     assert f"mask · {word}" in html
 
