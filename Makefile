@@ -9,6 +9,8 @@ VENV := .venv
 STUDIO := $(VENV)/bin/studio
 OPTIONS := $(if $(HOME_DIR),--home $(HOME_DIR)) $(if $(PORT),--port $(PORT))
 MIN_FREE_MIB := 4096
+PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
+NO_PACKAGES := { echo "Installing failed, as pip says above: is the package index reachable and the disk not full?" >&2; exit 2; }
 
 .PHONY: demo run test check screenshots setup clean
 
@@ -48,12 +50,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 		{ echo "The disk has less than $(MIN_FREE_MIB) MiB free: free some space, then repeat the command." >&2; exit 2; }
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing Delta Studio into $(VENV) (a few minutes the first time) ..."
-	@$(VENV)/bin/pip install --quiet --constraint constraints.txt torch
-	@$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable .
+	@$(PIP) torch && $(PIP) --editable . || $(NO_PACKAGES)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	@$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(PIP) --editable '.[dev]' || $(NO_PACKAGES)
 	@touch $@
 
 clean:
