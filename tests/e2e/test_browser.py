@@ -201,7 +201,7 @@ def stops(page: Page) -> None:
 
 def trains_to_the_end(page: Page) -> None:
     tab(page, "Train")
-    type_in(page, "field-train-epochs", "1")
+    type_in(page, "field-train-epochs", "0.8")
     page.locator("#train-launch").click()
     expect(page.get_by_role("tab", name="Runs")).to_have_attribute("aria-selected", "true")
     expect(page.locator("#run-head h3")).to_contain_text("2 · ")

@@ -37,7 +37,7 @@ def test_a_run_outlives_a_killed_page_and_its_worker_ends_afterwards(tmp_path: P
         )
         assert dataset is not None
         spec = runs.spec_from_preset(
-            studio, "tiny-qwen3.5", {"data": {"dataset": "desk"}, "train": {"max_steps": 30}}
+            studio, "tiny-qwen3.5", {"data": {"dataset": "desk"}, "train": {"max_steps": 16}}
         )
         run = runs.submit(studio, spec)
         while runs.get(studio, run.id).step < 2:
@@ -50,10 +50,10 @@ def test_a_run_outlives_a_killed_page_and_its_worker_ends_afterwards(tmp_path: P
         assert httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).json()["worker"]
         while not RunState((now := runs.get(studio, run.id)).state).is_final:
             time.sleep(0.2)
-        assert (now.state, now.step, now.epoch) == (RunState.FINISHED, 30, at_kill.epoch)
+        assert (now.state, now.step, now.epoch) == (RunState.FINISHED, 16, at_kill.epoch)
         with studio.database.read():
             curve = runs.curves(studio, run.id, ["loss"])["loss"]
-        assert [point.step for point in curve] == list(range(1, 31))
+        assert [point.step for point in curve] == list(range(1, 17))
         page.terminate()
         page.wait()
         deadline = time.monotonic() + 60

@@ -61,7 +61,7 @@ def test_failures_are_words_and_an_exit_code(make_run: MakeRun) -> None:
     assert error["hint"] == "Correct the fields named here."
     error = json.loads(faulty.error.read_text())
     assert error["type"] == "ValidationError"
-    assert error["hint"] == "this is a fault of the studio; see log.txt"
+    assert error["hint"] == "This is a fault of the studio; see log.txt."
     assert "Traceback" in faulty.log.read_text()
     assert not wrong.result.exists()
     assert not faulty.result.exists()
