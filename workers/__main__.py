@@ -60,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     configure(shop)
 
     def close(**_: object) -> None:
+        shop.refusing.set()
         _note(lock, is_closing=True)
         shop.closing.set()
 
@@ -109,7 +110,10 @@ def _close(shop: Shop, lock: TextIOWrapper) -> bool:
     if nobody is None:
         return False
     with nobody:
+        # From here on no task claims; what was claimed or queued until here is seen below.
+        shop.refusing.set()
         if _has_work(shop):
+            shop.refusing.clear()
             return False
         _note(lock, is_closing=True)
         return True

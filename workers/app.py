@@ -21,6 +21,7 @@ class Shop:
     Attributes:
         owner: Name of this worker process in Leases.
         closing: Set when the worker was asked to end.
+        refusing: Set when the worker takes no more work.
     """
 
     home: Home
@@ -28,6 +29,7 @@ class Shop:
     settings: Settings
     owner: str
     closing: Event = field(default_factory=Event)
+    refusing: Event = field(default_factory=Event)
 
 
 def configure(shop: Shop) -> None:

@@ -57,6 +57,8 @@ def serve() -> None:
 
 def _claim(here: Shop, table: type[_Row], max_live: int) -> _Row | None:
     with here.database.write() as session:
+        if here.refusing.is_set():
+            return None
         return leases.claim(session, table, owner=here.owner, now=time.time(), max_live=max_live)
 
 

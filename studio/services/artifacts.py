@@ -32,7 +32,9 @@ def require_adapter(studio: Studio, run_id: int) -> RunRow:
     if not has_adapter(studio, run):
         raise ConflictError(
             f"Run {run_id} is {run.state} and has no adapter.",
-            "Wait until it has finished, or stop it to keep what it has learned so far.",
+            "Launch it again and let it take a step."
+            if RunState(run.state).is_final
+            else "Wait until it has finished, or stop it to keep what it has learned so far.",
         )
     return run
 

@@ -58,7 +58,7 @@ def build(studio: Studio) -> ArtifactsTab:
             min_width=160,
             elem_id="artifact-merge",
         )
-    merges = gr.HTML(EMPTY, elem_id="artifact-list")
+    merges = gr.HTML(elem_id="artifact-list")
 
     def look(before: str) -> Any:
         text = _cards(studio)
@@ -69,7 +69,9 @@ def build(studio: Studio) -> ArtifactsTab:
             raise NotFoundError(
                 "No adapter is chosen.", "Train a run first; when it is over it stands in the list."
             )
-        artifacts.merge(studio, int(run_id))
+        merge = artifacts.merge(studio, int(run_id))
+        if merge.state == RunState.FINISHED:
+            gr.Info(f"Merge {merge.id} is this run's; the same merge is not made twice.")
 
     timer.tick(shown(look), seen, [seen, merges], show_progress="hidden")
     merge.click(shown(order), pick, None).then(

@@ -141,4 +141,6 @@ def to_spec(values: Sequence[Any], found: Sequence[Leaf]) -> JobSpec:
 def _from_component(leaf: Leaf, value: Any) -> Any:
     if isinstance(value, str):
         value = value.strip()
+    if value is None and leaf.kind is str:  # what Gradio sends for an empty text box or list
+        value = ""
     return None if leaf.is_optional and value == "" else value

@@ -76,7 +76,7 @@ def build(studio: Studio) -> RunsTab:
         if run_id is None:
             raise NotFoundError("No run is chosen.", "Choose one in the list.")
         runs.stop(studio, int(run_id))
-        gr.Info(f"Run {run_id} stops at the next step and keeps what it has learned.")
+        gr.Info(f"Run {run_id} stops at its next step.")
 
     watching: dict[str, Any] = {"show_progress": "hidden"}
     gr.on([timer.tick, pick.change], shown(look), [pick, seen], [seen, *outputs], **watching)

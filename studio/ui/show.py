@@ -117,8 +117,10 @@ def rejected(name: str, found: Report) -> str:
     lines = f"{found.num_lines} line{'s' if found.num_lines != 1 else ''}"
     return notice(
         "bad",
-        f"{name} was not stored: {errors} in {lines}.",
-        "Correct the lines below and upload it again; nothing of it was kept.",
+        f"{name} was not stored: {errors} in {lines}."
+        if found.num_lines
+        else f"{name} was not stored.",
+        "Correct what stands below and upload it again; nothing of it was kept.",
     ) + issues(found)
 
 
@@ -184,7 +186,9 @@ def _state_words(row: RunRow) -> str:
         RunState.QUEUED: "waiting for a worker",
         RunState.RUNNING: "starting",
         RunState.STOPPING: "stopping at the next step",
-        RunState.STOPPED: "stopped; what it had learned is kept",
+        RunState.STOPPED: "stopped; what it had learned is kept"
+        if row.step
+        else "stopped before its first step",
         RunState.FINISHED: "finished",
         RunState.FAILED: "failed",
     }[RunState(row.state)]

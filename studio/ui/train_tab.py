@@ -22,6 +22,20 @@ SIMPLE = ("data.dataset", "preset", "lora.targets", "train.epochs")
 MAX_SPEC_BYTES = 256 * 1024
 
 
+class TargetBoxes(gr.CheckboxGroup):
+    """Tick boxes whose choices follow the model.
+
+    Gradio refuses ticks that stood before the choices changed, in words about Python types; here
+    they reach the spec, which says which targets the model does not have.
+    """
+
+    is_template = True  # drawn as a CheckboxGroup
+
+    def preprocess(self, payload: list[str | int | float]) -> list[str | int | float]:
+        """Return the ticked values as they are."""
+        return payload or []
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainTab:
     """Components that other tabs and the page's start refer to."""
@@ -167,7 +181,7 @@ def _simple_fields(
         elem_id="field-preset",
         interactive=True,
     )
-    by_key["lora.targets"] = gr.CheckboxGroup(
+    by_key["lora.targets"] = TargetBoxes(
         choices=[],
         label="3 · LoRA targets",
         info=leaf_of["lora.targets"].field.description,

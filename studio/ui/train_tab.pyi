@@ -1,0 +1,298 @@
+"""Train: choose, see what it means in parameters, launch."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from studio.domain.preset import find_preset
+from studio.domain.spec import JobSpec, spec_to_yaml
+from studio.domain.targets import GROUP_TITLES, TargetGroup
+from studio.errors import InputError, StudioError
+from studio.services import datasets, models, runs
+from studio.services.studio import Studio
+from studio.ui import form, show
+from studio.ui.datasets_tab import choices
+from studio.ui.edge import shown
+
+SIMPLE = ("data.dataset", "preset", "lora.targets", "train.epochs")
+MAX_SPEC_BYTES = 256 * 1024
+
+from gradio.events import Dependency
+
+class TargetBoxes(gr.CheckboxGroup):
+    """Tick boxes whose choices follow the model.
+
+    Gradio refuses ticks that stood before the choices changed, in words about Python types; here
+    they reach the spec, which says which targets the model does not have.
+    """
+
+    is_template = True  # drawn as a CheckboxGroup
+
+    def preprocess(self, payload: list[str | int | float]) -> list[str | int | float]:
+        """Return the ticked values as they are."""
+        return payload or []
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
+    from gradio.blocks import Block
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainTab:
+    """Components that other tabs and the page's start refer to."""
+
+    dataset: gr.Dropdown
+    fields: list[gr.components.Component]
+    derived: list[gr.components.Component]
+    launched: gr.State
+
+
+def build(studio: Studio) -> TrainTab:
+    """Lay out the tab and wire its events."""
+    leaves = form.leaves()
+    by_key: dict[str, gr.components.Component] = {}
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            mode = gr.Radio(
+                ["Simple", "Advanced"],
+                value="Simple",
+                show_label=False,
+                container=False,
+                elem_id="train-mode",
+            )
+            _simple_fields(studio, leaves, by_key)
+            with gr.Column(visible=False, elem_id="train-advanced") as advanced:
+                _advanced_fields(leaves, by_key)
+        with gr.Column(scale=2, min_width=320):
+            card = gr.HTML(elem_id="preset-card")
+            total = gr.HTML(elem_id="train-total")
+            trouble = gr.HTML(elem_id="train-trouble")
+            launch = gr.Button("Launch", variant="primary", elem_id="train-launch")
+            with gr.Accordion("The spec as YAML", open=False):
+                yaml = gr.Code(
+                    language="yaml",
+                    interactive=True,
+                    lines=12,
+                    max_lines=24,
+                    show_label=False,
+                    buttons=["copy", "download"],
+                    elem_id="train-yaml",
+                )
+                with gr.Row():
+                    apply = gr.Button("Use this YAML", size="sm", elem_id="train-yaml-apply")
+                    load = gr.UploadButton("Load a file", size="sm", elem_id="train-yaml-load")
+                    download = gr.DownloadButton(
+                        "Download", size="sm", elem_id="train-yaml-download"
+                    )
+    launched = gr.State(0)
+    fields = [by_key[leaf.key] for leaf in leaves]
+    derived = [by_key["lora.targets"], card, total, trouble, yaml, download]
+
+    mode.change(lambda name: gr.Column(visible=name == "Advanced"), mode, advanced)
+    _wire_fields(studio, leaves, by_key, derived)
+    _wire_yaml(studio, leaves, [*fields, *derived], (yaml, apply, load))
+
+    def submit(*values: Any) -> int:
+        return runs.submit(studio, form.to_spec(values, leaves)).id
+
+    launch.click(shown(submit), fields, launched)
+    return TrainTab(
+        dataset=by_key["data.dataset"],  # type: ignore[arg-type]
+        fields=fields,
+        derived=derived,
+        launched=launched,
+    )
+
+
+def _wire_fields(
+    studio: Studio,
+    leaves: Sequence[form.Leaf],
+    by_key: dict[str, gr.components.Component],
+    derived: list[gr.components.Component],
+) -> None:
+    """Let a preset fill the form, and every change show what it means."""
+    fields = [by_key[leaf.key] for leaf in leaves]
+
+    def derive(*values: Any) -> list[Any]:
+        return _derive(studio, leaves, values)
+
+    def take_preset(*values: Any) -> list[Any]:
+        named = dict(zip((leaf.key for leaf in leaves), values, strict=True))
+        kept = {"data": {"dataset": named["data.dataset"] or ""}, "name": named["name"]}
+        return _fill(studio, leaves, runs.spec_from_preset(studio, named["preset"], kept))
+
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    preset = by_key["preset"]
+    preset.input(shown(take_preset), fields, [*fields, *derived], **quiet)  # type: ignore[attr-defined]
+    changes = [field.input for field in fields if field is not preset]  # type: ignore[attr-defined]
+    # A text box tells of typing, but not of pasting; leaving it tells of both.
+    changes += [field.blur for field in fields if isinstance(field, gr.Textbox)]
+    gr.on(changes, shown(derive), fields, derived, trigger_mode="always_last", **quiet)
+
+
+def _wire_yaml(
+    studio: Studio,
+    leaves: Sequence[form.Leaf],
+    everything: list[gr.components.Component],
+    widgets: tuple[gr.Code, gr.Button, gr.UploadButton],
+) -> None:
+    """Let a spec be pasted or loaded as YAML."""
+    yaml, apply, load = widgets
+
+    def take_yaml(text: str) -> list[Any]:
+        return _fill(studio, leaves, _with_known_dataset(studio, runs.complete_spec(studio, text)))
+
+    def take_file(path: str) -> list[Any]:
+        if Path(path).stat().st_size > MAX_SPEC_BYTES:
+            raise InputError("The file is larger than any spec.", "Load a YAML file of a JobSpec.")
+        return take_yaml(Path(path).read_text(encoding="utf-8", errors="replace"))
+
+    apply.click(shown(take_yaml), yaml, everything)
+    load.upload(shown(take_file), load, everything)
+
+
+def start_values(studio: Studio) -> list[Any]:
+    """Return what fields and derived components show when the page opens."""
+    leaves = form.leaves()
+    found = choices(studio)
+    dataset = found[0][1] if found else ""
+    first = next(iter(studio.presets))
+    spec = runs.spec_from_preset(studio, first, {"data": {"dataset": dataset}})
+    values = _fill(studio, leaves, spec)
+    index = [leaf.key for leaf in leaves].index("data.dataset")
+    values[index] = gr.Dropdown(choices=found, value=dataset or None)
+    return values
+
+
+def _simple_fields(
+    studio: Studio, leaves: Sequence[form.Leaf], by_key: dict[str, gr.components.Component]
+) -> None:
+    leaf_of = {leaf.key: leaf for leaf in leaves}
+    by_key["data.dataset"] = gr.Dropdown(
+        choices=[],
+        label="1 · Dataset",
+        info="What the model learns from.",
+        elem_id="field-data-dataset",
+        interactive=True,
+    )
+    by_key["preset"] = gr.Dropdown(
+        choices=[(preset.title, name) for name, preset in studio.presets.items()],
+        label="2 · Preset",
+        info="A set of choices for one model, with their source.",
+        elem_id="field-preset",
+        interactive=True,
+    )
+    by_key["lora.targets"] = TargetBoxes(
+        choices=[],
+        label="3 · LoRA targets",
+        info=leaf_of["lora.targets"].field.description,
+        elem_id="field-lora-targets",
+        interactive=True,
+    )
+    by_key["train.epochs"] = gr.Textbox(
+        label="4 · Epochs",
+        info=leaf_of["train.epochs"].field.description,
+        max_lines=1,
+        elem_id="field-train-epochs",
+        interactive=True,
+    )
+
+
+def _advanced_fields(
+    leaves: Sequence[form.Leaf], by_key: dict[str, gr.components.Component]
+) -> None:
+    remaining = [leaf for leaf in leaves if leaf.key not in SIMPLE]
+    with gr.Row():
+        for leaf in remaining:
+            if len(leaf.path) == 1:
+                by_key[leaf.key] = form.component(leaf)
+    sections = dict.fromkeys(leaf.path[0] for leaf in remaining if len(leaf.path) > 1)
+    for section in sections:
+        with gr.Accordion(form.section_title(section), open=section in ("lora", "optim")):
+            with gr.Row():
+                for leaf in remaining:
+                    if len(leaf.path) > 1 and leaf.path[0] == section:
+                        by_key[leaf.key] = form.component(leaf)
+
+
+def _fill(studio: Studio, leaves: Sequence[form.Leaf], spec: JobSpec) -> list[Any]:
+    values = form.to_values(spec, leaves)
+    return [*values, *_derive(studio, leaves, values)]
+
+
+def _derive(studio: Studio, leaves: Sequence[form.Leaf], values: Sequence[Any]) -> list[Any]:
+    """Return target choices, preset card, total, trouble, YAML and download for some values."""
+    named = dict(zip((leaf.key for leaf in leaves), values, strict=True))
+    card = show.preset(find_preset(studio.presets, named["preset"])) if named["preset"] else ""
+    try:
+        spec = form.to_spec(values, leaves)
+        counts = models.trainable_parameters(studio, spec.model.id, spec.lora.rank)
+        if spec.data.dataset:
+            models.check_targets(studio, spec)
+    except StudioError as error:
+        return [
+            gr.skip(),
+            card,
+            "",
+            show.notice("bad", error.message, error.hint),
+            gr.skip(),
+            gr.skip(),
+        ]
+    text = spec_to_yaml(spec)
+    return [
+        gr.CheckboxGroup(
+            choices=_target_choices(counts), value=[group.value for group in spec.lora.targets]
+        ),
+        card,
+        _total(spec, counts),
+        "",
+        text,
+        gr.DownloadButton(value=_yaml_file(text)),
+    ]
+
+
+def _target_choices(counts: dict[TargetGroup, int] | None) -> list[tuple[str, str]]:
+    if counts is None:
+        return [(f"{GROUP_TITLES[group]} · size unknown", group.value) for group in TargetGroup]
+    return [
+        (f"{GROUP_TITLES[group]} · {show.count(number)}", group.value)
+        for group, number in counts.items()
+    ]
+
+
+def _total(spec: JobSpec, counts: dict[TargetGroup, int] | None) -> str:
+    if counts is None:
+        return show.notice(
+            "info",
+            "Trainable parameters: unknown until the model's config.json is here.",
+            "A hub model that no preset names is only known after its download.",
+        )
+    chosen = sum(number for group, number in counts.items() if group in spec.lora.targets)
+    steps = spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps
+    return show.facts(
+        [
+            ("trainable parameters", show.count(chosen)),
+            ("examples a step", show.count(steps)),
+            ("adapter, in 32 bits", show.size(4 * chosen)),
+        ]
+    )
+
+
+def _yaml_file(text: str) -> str:
+    folder = Path(tempfile.mkdtemp(prefix="studio-spec-"))
+    path = folder / "spec.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def _with_known_dataset(studio: Studio, spec: JobSpec) -> JobSpec:
+    """Return the spec with its Dataset named by content hash, as the form's list has it."""
+    if not spec.data.dataset:
+        return spec
+    row = datasets.get(studio, spec.data.dataset)
+    return spec.model_copy(update={"data": spec.data.model_copy(update={"dataset": row.sha256})})
