@@ -22,20 +22,6 @@ SIMPLE = ("data.dataset", "preset", "lora.targets", "train.epochs")
 MAX_SPEC_BYTES = 256 * 1024
 
 
-class TargetBoxes(gr.CheckboxGroup):
-    """Tick boxes whose choices follow the model.
-
-    Gradio refuses ticks that stood before the choices changed, in words about Python types; here
-    they reach the spec, which says which targets the model does not have.
-    """
-
-    is_template = True  # drawn as a CheckboxGroup
-
-    def preprocess(self, payload: list[str | int | float]) -> list[str | int | float]:
-        """Return the ticked values as they are."""
-        return payload or []
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainTab:
     """Components that other tabs and the page's start refer to."""
@@ -181,13 +167,17 @@ def _simple_fields(
         elem_id="field-preset",
         interactive=True,
     )
-    by_key["lora.targets"] = TargetBoxes(
+    by_key["lora.targets"] = targets = gr.CheckboxGroup(
         choices=[],
         label="3 · LoRA targets",
         info=leaf_of["lora.targets"].field.description,
         elem_id="field-lora-targets",
         interactive=True,
     )
+    # Gradio refuses ticks that stood before the choices followed another model, in words about
+    # Python types; as they are, they reach the spec, which says what the model does not have.
+    # (A subclass would do the same, but Gradio writes a stub file beside each.)
+    targets.preprocess = lambda payload: payload or []  # type: ignore[method-assign]
     by_key["train.epochs"] = gr.Textbox(
         label="4 · Epochs",
         info=leaf_of["train.epochs"].field.description,

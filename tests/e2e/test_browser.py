@@ -238,9 +238,7 @@ def chats(page: Page) -> None:
     page.get_by_label("number input for Longest answer (tokens)").fill("2048")
     page.get_by_label("number input for Temperature").fill("2")
     ask(page, "And the Mini?")
-    expect(page.locator("#chat-stop")).to_be_enabled()
-    page.wait_for_timeout(1500)
-    page.locator("#chat-stop").click()
+    page.locator("#chat-stop").click()  # waits until it can be pressed
     expect(page.locator("#chat-send")).to_be_enabled()
     expect(page.locator("#chat-stop")).to_be_disabled()
 
