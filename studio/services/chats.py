@@ -51,7 +51,7 @@ class Delta:
 
     Attributes:
         finish_reason: `stop` or `length` in the last piece, else None.
-        tokens_per_second: In the last piece, when it is known.
+        completion_tokens: Tokens of the whole answer, in the last piece.
     """
 
     content: str = ""

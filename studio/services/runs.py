@@ -137,7 +137,6 @@ class Progress:
 
     Attributes:
         left_seconds: Low and high estimate of the time left; None when it cannot be told.
-        latest: The newest value of each Curve asked for.
     """
 
     step: int
