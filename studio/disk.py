@@ -38,6 +38,19 @@ class RunFolder:
         return self.path / "dataset.jsonl"
 
     @property
+    def datasets(self) -> Path:
+        """Folder of symbolic links to every Dataset that the run reads, by content hash."""
+        return self.path / "datasets"
+
+    def dataset_of(self, sha256: str) -> Path:
+        """Return the canonical JSONL of one of the run's Datasets.
+
+        Without a content hash, or where only `dataset` was prepared, it is that one.
+        """
+        linked = self.datasets / f"{sha256}.jsonl"
+        return linked if sha256 and linked.exists() else self.dataset
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line: {"step", "total_steps", "values": {name: value}}."""
         return self.path / "metrics.jsonl"
@@ -155,6 +168,8 @@ class Home:
                 self.merges,
                 self.chats,
                 self.models,
+                self.tokens,
+                self.verdicts,
                 self.broker,
                 self.broker / "queue",
                 self.broker / "control",
@@ -202,6 +217,20 @@ class Home:
         return self.path / "models"
 
     @property
+    def tokens(self) -> Path:
+        """Folder of tokenised Datasets: see studio.tokens.cache."""
+        return self.path / "tokens"
+
+    @property
+    def verdicts(self) -> Path:
+        """Folder that keeps which tokenizers have a fast path: see studio.tokens.bpe."""
+        return self.tokens / "verdicts"
+
+    def tiny_tokenizer(self, model_id: str) -> Path:
+        """Return the folder of a tiny model's tokenizer, which the page needs before the model."""
+        return self.models / f"{model_id.removeprefix('tiny/')}-tokenizer"
+
+    @property
     def worker_lock(self) -> Path:
         """Locked by the worker as long as it lives; see `worker_note`."""
         return self.path / "worker.lock"
@@ -222,6 +251,18 @@ class Home:
     def dataset(self, sha256: str) -> Path:
         """Return the canonical JSONL of the Dataset with that content hash."""
         return self.datasets / f"{sha256}.jsonl"
+
+    def dataset_index(self, sha256: str) -> Path:
+        """Return the index of the Dataset's records: see studio.intake.canonical."""
+        return self.datasets / f"{sha256}.index.npy"
+
+    def dataset_rejects(self, sha256: str) -> Path:
+        """Return the records that were dropped when the Dataset was stored, as JSON lines."""
+        return self.datasets / f"{sha256}.rejects.jsonl"
+
+    def rejects(self, source_sha256: str) -> Path:
+        """Return the bad records of a file that was read and not stored, as JSON lines."""
+        return self.incoming / f"rejects-{source_sha256}.jsonl"
 
     def run(self, run_id: int) -> RunFolder:
         """Return the folder of a Run."""

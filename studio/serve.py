@@ -11,10 +11,9 @@ import uvicorn
 from studio.errors import InputError, MachineError, StudioError
 from studio.services import workers
 from studio.services.studio import Studio, open_studio
-from studio.settings import Settings
+from studio.settings import LOOPBACK, Settings
 from studio.terminal import err
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 WORKER_LOOK_SECONDS = 5.0
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from studio.domain.section import Section
 
 LOSS = "loss"
+EVAL_LOSS = "eval_loss"
 LEARNING_RATE = "learning_rate"
 GRAD_NORM = "grad_norm"
 STEP_SECONDS = "step_seconds"
@@ -20,10 +21,12 @@ class StepRecord(Section):
 
     Attributes:
         values: loss (nats per supervised token), learning_rate, grad_norm (before clipping),
-            step_seconds, tokens_per_second (real tokens, no padding), supervised_tokens.
+            step_seconds, tokens_per_second (real tokens, no padding), supervised_tokens. A record
+            of its own holds eval_loss (nats per supervised token that is never trained on), at
+            step 0 before the first step and at the end of each epoch.
     """
 
-    step: int = Field(ge=1)
+    step: int = Field(ge=0)
     total_steps: int = Field(ge=1)
     values: dict[str, float]
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from studio.domain.data_spec import DataSpec
 from studio.domain.section import Section
 from studio.domain.targets import TargetGroup
 from studio.errors import InputError
@@ -44,25 +45,6 @@ class ModelRef(Section):
     @classmethod
     def _empty_is_none(cls, value: object) -> object:
         return None if value == "" else value
-
-
-class DataSpec(Section):
-    """What is learned from."""
-
-    dataset: str = Field(
-        default="",
-        max_length=300,
-        title="Dataset",
-        description="Name, number or content hash of a Dataset.",
-    )
-    max_length_tokens: int = Field(
-        default=2048,
-        ge=16,
-        le=1_010_000,
-        title="Longest example (tokens)",
-        description="An example that is longer stops the run before it starts; nothing is cut "
-        "silently. Memory of a step grows with it.",
-    )
 
 
 class LoraSpec(Section):

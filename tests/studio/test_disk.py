@@ -1,10 +1,12 @@
 """The contract on disk: whole files, locks between processes, and a disk that is full."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,9 +79,11 @@ def test_a_dataset_that_does_not_fit_is_refused_and_nothing_of_it_is_kept(
     small_disk: Path, tmp_path: Path
 ) -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a" * 900}]
-    source = tmp_path / "large.jsonl"
-    source.write_text("".join(json.dumps({"messages": turns, "id": n}) + "\n" for n in range(2000)))
+    source = tmp_path / "large.jsonl.gz"  # packed, so that only writing it shows its size
+    lines = "".join(json.dumps({"messages": turns, "id": n}) + "\n" for n in range(2000))
+    source.write_bytes(gzip.compress(lines.encode()))
     studio = make_studio(small_disk / "home")
+    studio = replace(studio, settings=studio.settings.model_copy(update={"min_free_bytes": 0}))
     with pytest.raises(MachineError) as caught:
         datasets.import_file(studio, source)
     assert (
@@ -91,8 +95,7 @@ def test_a_dataset_that_does_not_fit_is_refused_and_nothing_of_it_is_kept(
     assert list(studio.home.incoming.iterdir()) == []
     small = tmp_path / "small.jsonl"
     small.write_text(json.dumps({"messages": turns}) + "\n")
-    row, _ = datasets.import_file(studio, small)
-    assert row is not None
+    assert datasets.import_file(studio, small).row is not None
 
 
 def test_a_home_folder_on_a_full_disk_is_refused_in_words(small_disk: Path) -> None:

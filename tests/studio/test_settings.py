@@ -51,3 +51,40 @@ def test_the_home_folder_is_absolute_and_its_tilde_is_expanded(
 def test_settings_do_not_change_once_read() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "expected"),
+    [
+        ("127.0.0.1", None, True),
+        ("::1", None, True),
+        ("0.0.0.0", None, False),
+        ("0.0.0.0", "1", True),
+        ("127.0.0.1", "0", False),
+    ],
+)
+def test_paths_of_this_machine_are_read_only_for_this_machine(
+    monkeypatch: pytest.MonkeyPatch, host: str, allowed: str | None, expected: bool
+) -> None:
+    if allowed is not None:
+        monkeypatch.setenv("STUDIO_ALLOW_SERVER_PATHS", allowed)
+    assert Settings(host=host).server_paths_allowed is expected
+
+
+def test_folders_are_separated_as_in_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STUDIO_SERVER_PATH_ROOTS", "/data:~/chats:")
+    assert Settings().server_path_roots == (Path("/data"), Path("~/chats"))
+    monkeypatch.setenv("STUDIO_SERVER_PATH_ROOTS", "data")
+    with pytest.raises(ValidationError, match="not absolute"):
+        Settings()
+
+
+def test_what_reaches_into_the_network_of_this_machine_is_off_unless_set() -> None:
+    settings = Settings()
+    assert not settings.allow_private_urls
+    assert not settings.allow_http
+    assert settings.proxy == ""
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []

@@ -1,100 +1,38 @@
 """Chat templates: text as transformers renders it, and supervision of the replies alone."""
 
 import re
-from functools import partial
+from contextlib import suppress
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import assume, given
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from studio.disk import TEMPLATES
 from studio.domain.chat_template import Rendering, render, renderings
-from studio.domain.conversation import Conversation, Message, ToolCall
-from studio.domain.validation import Reader, check_rules
+from studio.domain.conversation import Conversation, Image, Message
+from studio.domain.reading import Reading
+from studio.domain.validation import check_rules
 from studio.errors import InputError
-
-NAMES = ("qwen3.5.jinja", "qwen3-next-instruct.jinja")
-SOURCES = {name: (TEMPLATES / "chat" / name).read_text(encoding="utf-8") for name in NAMES}
-THINKS = "qwen3.5.jinja"
-
-with (TEMPLATES / "data" / "tidemark-support.jsonl").open("rb") as stream:
-    EXAMPLES = list(Reader().read(stream))
-
-# ---- conversations that validation accepts and both templates render ----------------------------
-
-# Pieces at which templates trim, split or escape, besides ordinary text.
-PIECES = st.text(max_size=8) | st.sampled_from(
-    ["\n", " ", "\n\n", "<b>&'\"", "{{ x }}", "</tool_call>", "\u2028", "\U0001f30a", "assistant\n"]
-)
-TEXTS = st.lists(PIECES, max_size=4).map("".join).filter(lambda text: "<|" not in text)
-WORDS = TEXTS.filter(lambda text: bool(text.strip()))
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | TEXTS,
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(TEXTS, inner, max_size=2),
-    max_leaves=3,
-)
-OBJECTS = st.dictionaries(TEXTS, VALUES, max_size=2)
-NAMES_OF_TOOLS = st.sampled_from(["get_tide", "f", "items"])
-CALLS = st.builds(ToolCall, name=NAMES_OF_TOOLS, arguments=OBJECTS)
-TOOLS = st.fixed_dictionaries(
-    {
-        "type": st.just("function"),
-        "function": st.fixed_dictionaries({"name": NAMES_OF_TOOLS, "parameters": OBJECTS}),
-    }
-)
-message = partial(st.builds, Message)
-REASONING = st.none() | TEXTS
-ANSWERS = message(role=st.just("assistant"), content=WORDS, reasoning_content=REASONING)
-QUESTIONS = message(role=st.just("user"), content=TEXTS.map(lambda text: f"Q{text}"))
-STEPS = st.tuples(
-    message(
-        role=st.just("assistant"),
-        content=TEXTS,
-        reasoning_content=REASONING,
-        tool_calls=st.lists(CALLS, min_size=1, max_size=2).map(tuple),
-    ),
-    message(role=st.just("tool"), content=TEXTS),
+from tests.conversations import (
+    CONVERSATIONS,
+    EXAMPLES,
+    NAMES,
+    ODD_CONVERSATIONS,
+    SOURCES,
+    replies_to_itself,
 )
 
+THINKERS = ("qwen3.5.jinja", "qwen3-next-thinking.jinja")
 
-def flat(
-    head: list[Message],
-    rounds: list[tuple[Message, list[tuple[Message, ...]], list[Message]]],
-    tools: list[dict[str, Any]],
-    tail: list[Message],
-) -> Conversation:
-    messages = list(head)
-    for question, steps, answers in rounds:
-        messages += [question, *(part for step in steps for part in step), *answers]
-    return Conversation(messages=(*messages, *tail), tools=tuple(tools))
-
-
-CONVERSATIONS = st.builds(
-    flat,
-    st.lists(message(role=st.sampled_from(["system", "developer"]), content=TEXTS), max_size=1),
-    st.lists(
-        st.tuples(
-            QUESTIONS, st.lists(STEPS, max_size=2), st.lists(ANSWERS, min_size=1, max_size=2)
-        ),
-        min_size=1,
-        max_size=3,
-    ),
-    st.lists(TOOLS, max_size=2),
-    st.lists(QUESTIONS, max_size=1),
-)
+# ---- conversations that validation accepts and all templates render -----------------------------
 
 
 @given(CONVERSATIONS)
 def test_the_generated_conversations_are_ones_that_validation_accepts(
     conversation: Conversation,
 ) -> None:
-    assert list(check_rules(conversation)) == []
+    assert [found for found in check_rules(conversation) if found.severity == "error"] == []
 
 
 # ---- rendering ----------------------------------------------------------------------------------
@@ -159,21 +97,22 @@ def test_filters_and_white_space_are_those_of_transformers(source: str) -> None:
 # Read from the text alone: no content holds a control token, so blocks cannot be mistaken.
 BLOCK = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", re.DOTALL)
 HEADERS = {
-    "qwen3.5.jinja": ("<think>\n\n</think>\n\n", "<think>\n"),
-    "qwen3-next-instruct.jinja": ("",),
+    "qwen3.5.jinja": r"<think>\n\n</think>\n\n|<think>\n",
+    "qwen3-next-instruct.jinja": "",
+    "qwen3-next-thinking.jinja": r"<think>\n\s*</think>\n\n|<think>\n",
 }
 
 
 def expected_spans(name: str, text: str) -> list[tuple[int, int]]:
     """Return where each reply of the text stands, from the end of its header.
 
-    For Qwen3.5 only the replies after the last query have the header of a generation.
+    Where thinking is written, only the replies after the last query have the header of a generation.
     """
     spans = []
     for block in BLOCK.finditer(text):
-        header = next((h for h in HEADERS[name] if block[2].startswith(h)), None)
+        header = re.match(HEADERS[name], block[2])
         if block[1] == "assistant" and header is not None:
-            spans.append((block.start(2) + len(header), block.end()))
+            spans.append((block.start(2) + header.end(), block.end()))
     return spans
 
 
@@ -184,7 +123,10 @@ def check_supervision(name: str, conversation: Conversation) -> None:
     for rendering in renderings(source, conversation):
         spans = list(rendering.spans)
         assert spans == sorted(spans)
-        assert spans == expected_spans(name, rendering.text)
+        expected = expected_spans(name, rendering.text)
+        # The Thinking template writes an earlier step as at inference only if it thinks, so that a
+        # text may hold replies which another one teaches.
+        assert set(spans) <= set(expected) if name == THINKERS[1] else spans == expected
         found += [(rendering, span) for span in spans]
 
     assert len(found) == len(replies)  # every reply once over the renderings, in order
@@ -196,8 +138,8 @@ def check_supervision(name: str, conversation: Conversation) -> None:
         assert reply["content"].strip() in supervised
         for call in reply.get("tool_calls", ()):
             assert call["function"]["name"] in supervised
-        thought = (reply.get("reasoning_content") or "").strip() if name == THINKS else ""
-        assert supervised.startswith(thought)
+        thought = (reply.get("reasoning_content") or "").strip() if name in THINKERS else ""
+        assert supervised.lstrip().startswith(thought)
         # What the model sees before it is what it sees at inference.
         prompt = transformers_text(
             name,
@@ -206,6 +148,11 @@ def check_supervision(name: str, conversation: Conversation) -> None:
             add_generation_prompt=True,
             enable_thinking=bool(thought),
         )
+        if name == THINKERS[1] and not thought:
+            # It has no prompt without thinking: the block stands between prompt and reply.
+            block = rendering.text[len(prompt) : start]
+            assert block.partition("</think>")[0].strip() == ""
+            prompt += block
         assert rendering.text[:start] == prompt
         # And it has learned to say exactly what the template writes for it.
         whole = transformers_text(name, messages[: index + 1], conversation)
@@ -217,7 +164,16 @@ def check_supervision(name: str, conversation: Conversation) -> None:
 def test_every_reply_is_supervised_once_after_its_prompt_at_inference(
     name: str, conversation: Conversation
 ) -> None:
+    assume(name != THINKERS[1] or not replies_to_itself(conversation))
     check_supervision(name, conversation)
+
+
+def test_a_reply_that_is_written_otherwise_in_the_prompt_of_the_next_is_refused() -> None:
+    twice = Conversation(messages=(Message(role="user", content="Why?"), reply(), reply()))
+
+    assert learned(HYBRID, twice) == ["So.<|im_end|>"] * 2
+    with pytest.raises(InputError, match="writes reply 3 differently"):
+        learned(THINKING, twice)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -279,6 +235,228 @@ def test_a_conversation_without_replies_gives_no_text() -> None:
     assert list(renderings(SOURCES["qwen3.5.jinja"], question)) == []
 
 
+# ---- readings -----------------------------------------------------------------------------------
+
+INSTRUCT, HYBRID, THINKING = NAMES[1], NAMES[0], NAMES[2]
+
+
+def learned(name: str, conversation: Conversation, **reading: Any) -> list[str]:
+    """Return what is supervised, over all renderings."""
+    found = renderings(SOURCES[name], conversation, Reading(**reading))
+    return [text.text[start:end] for text in found for start, end in text.spans]
+
+
+def chat(*replies: Message) -> Conversation:
+    messages: list[Message] = []
+    for reply in replies:
+        messages += [Message(role="user", content="Why?"), reply]
+    return Conversation(messages=tuple(messages))
+
+
+def reply(content: str = "So.", thought: str | None = None, **more: Any) -> Message:
+    return Message(role="assistant", content=content, reasoning_content=thought, **more)
+
+
+@pytest.mark.parametrize("name", THINKERS)
+@pytest.mark.parametrize("thought", ["Hm.", "\nHm.\n", "a</think>b", "<think>"])
+def test_masked_thinking_is_read_and_not_learned(name: str, thought: str) -> None:
+    conversation = chat(reply("So.", thought))
+
+    (trained,) = renderings(SOURCES[name], conversation)
+    (masked,) = renderings(SOURCES[name], conversation, Reading(thinking="mask"))
+
+    assert masked.text == trained.text
+    assert thought.strip() in trained.text[slice(*trained.spans[0])]
+    assert masked.text[slice(*masked.spans[0])] == "So.<|im_end|>"
+
+
+def test_thinking_in_another_layout_is_masked_up_to_its_closing_tag() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\n"
+        "{% else %}A: <think>[{{ m.reasoning_content }}]</think>\n{{ m.content }}<end>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    )
+    (found,) = renderings(source, chat(reply("So.", "Hm.")), Reading(thinking="mask"))
+
+    assert found.text[slice(*found.spans[0])] == "So.<end>"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "thinker",
+    [
+        reply("So.", "Hm."),
+        reply("<think>\nHm.\n</think>\n\nSo."),
+        reply("Hm.</think>So."),
+        reply("<think>Hm.</think>So.", "Hm."),
+    ],
+)
+def test_stripped_thinking_is_nowhere(name: str, thinker: Message) -> None:
+    found = list(renderings(SOURCES[name], chat(thinker, reply()), Reading(thinking="strip")))
+
+    assert all("Hm." not in text.text for text in found)
+    assert learned(name, chat(thinker, reply()), thinking="strip") == ["So.<|im_end|>"] * 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stripping_leaves_what_does_not_think_as_it_is(name: str) -> None:
+    thoughtless = [c for c in EXAMPLES if all(m.reasoning_content is None for m in c.messages)]
+    for conversation in thoughtless:
+        stripped = renderings(SOURCES[name], conversation, Reading(thinking="strip"))
+        assert list(stripped) == list(renderings(SOURCES[name], conversation))
+
+
+@pytest.mark.parametrize("thought", [None, "", " \n"])
+@pytest.mark.parametrize("name", THINKERS)
+@pytest.mark.parametrize("thinking", ["train", "mask", "strip"])
+def test_an_empty_think_block_is_learned_only_on_demand(
+    name: str, thought: str | None, thinking: str
+) -> None:
+    conversation = chat(reply("So.", thought))
+
+    block = "" if name == HYBRID or thinking == "strip" else (thought or "").strip("\n")
+    assert learned(name, conversation, thinking=thinking) == ["So.<|im_end|>"]
+    assert learned(name, conversation, thinking=thinking, empty_think="train") == [
+        f"{block}\n</think>\n\nSo.<|im_end|>"
+    ]
+
+
+def test_without_think_blocks_no_reading_changes_what_is_learned() -> None:
+    for thinking in ("train", "mask", "strip"):
+        for empty_think in ("prompt", "train"):
+            reading = {"thinking": thinking, "empty_think": empty_think}
+            assert learned(INSTRUCT, chat(reply()), **reading) == ["So.<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_reply_of_weight_0_is_read_and_not_learned(name: str) -> None:
+    conversation = chat(reply("First."), reply("Second.", weight=0), reply("Third."))
+
+    *_, last = renderings(SOURCES[name], conversation)
+
+    assert learned(name, conversation) == ["First.<|im_end|>", "Third.<|im_end|>"]
+    assert "Second." in last.text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_conversation_of_which_nothing_is_learned_gives_no_text(name: str) -> None:
+    assert list(renderings(SOURCES[name], chat(reply(weight=0)))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "thinking", "count"),
+    [
+        (INSTRUCT, "train", 1),
+        (INSTRUCT, "mask", 1),
+        (INSTRUCT, "strip", 0),
+        (HYBRID, "train", 0),
+        (THINKING, "train", 0),
+    ],
+)
+def test_thinking_that_the_template_leaves_out_is_counted(
+    name: str, thinking: Any, count: int
+) -> None:
+    # The answer repeats the thought, which must not be taken for it.
+    conversation = chat(reply("Hm.", "Hm."), reply("So.", ""))
+
+    found = list(renderings(SOURCES[name], conversation, Reading(thinking=thinking)))
+
+    assert sum(text.unwritten for text in found) == count
+
+
+def test_steps_that_the_template_would_write_otherwise_have_texts_of_their_own() -> None:
+    steps = Conversation(
+        messages=(
+            Message(role="user", content="Why?"),
+            reply("Wait."),
+            Message(role="tool", content="42"),
+            reply("So."),
+        )
+    )
+    first, second = renderings(SOURCES[THINKING], steps)
+
+    assert first.text.endswith("<think>\n\n</think>\n\nWait.<|im_end|>\n")
+    assert second.text.count("<think>") == 1
+    assert learned(THINKING, steps) == ["Wait.<|im_end|>", "So.<|im_end|>"]
+
+
+def test_images_stand_in_the_text_of_a_template_that_knows_them() -> None:
+    picture = Message(role="user", content="See: ok?", images=(Image(at=5, ref="a.png"),))
+    conversation = Conversation(messages=(picture, reply()))
+
+    (found,) = renderings(SOURCES[HYBRID], conversation)
+
+    assert "See: <|vision_start|><|image_pad|><|vision_end|>ok?" in found.text
+    assert learned(HYBRID, conversation) == ["So.<|im_end|>"]
+
+
+def test_stripping_keeps_the_images_of_a_reply_in_their_places() -> None:
+    answer = reply("<think>Hm.</think>See: ok", images=(Image(at=23, ref="a.png"),))
+    (found,) = renderings(SOURCES[HYBRID], chat(answer), Reading(thinking="strip"))
+
+    assert "See: <|vision_start|><|image_pad|><|vision_end|>ok" in found.text
+
+
+# ---- turns --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(conversation=CONVERSATIONS)
+def test_turns_begin_where_a_user_begins_an_exchange(name: str, conversation: Conversation) -> None:
+    assume(name != THINKERS[1] or not replies_to_itself(conversation))
+    for found in renderings(SOURCES[name], conversation):
+        for start in found.turns:
+            assert found.text.startswith("<|im_start|>user\nQ", start)
+        asked = [m.content.strip() for m in conversation.messages if m.role == "user"]
+        assert len(found.turns) <= len(asked)
+        assert found.turns[0] == found.text.index("<|im_start|>user\n")
+        spans = found.spans[-1]
+        assert found.turns[-1] < spans[0]
+
+
+def test_tool_results_and_second_questions_begin_no_exchange() -> None:
+    conversation = Conversation(
+        messages=(
+            Message(role="system", content="S"),
+            Message(role="user", content="One?"),
+            Message(role="user", content="Or two?"),
+            reply("Wait."),
+            Message(role="tool", content="42"),
+            reply("So."),
+            Message(role="user", content="Three?"),
+            reply(),
+        )
+    )
+    (found,) = renderings(SOURCES[INSTRUCT], conversation)
+
+    assert [found.text[at : at + 22] for at in found.turns] == [
+        "<|im_start|>user\nOne?<",
+        "<|im_start|>user\nThree",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_control_tokens_in_a_message_begin_no_exchange(name: str) -> None:
+    sly = "x<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
+    (found,) = renderings(SOURCES[name], chat(reply(sly)))
+
+    assert found.turns == (0,)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(conversation=ODD_CONVERSATIONS)
+def test_whatever_is_in_it_a_conversation_is_rendered_or_refused_in_words(
+    name: str, conversation: Conversation
+) -> None:
+    for thinking in ("train", "mask", "strip"):
+        with suppress(InputError):
+            for found in renderings(SOURCES[name], conversation, Reading(thinking=thinking)):
+                edges = [edge for span in found.spans for edge in span]
+                assert edges == sorted(edges)
+                assert edges
+                assert found.turns == tuple(sorted(found.turns))
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 
@@ -309,9 +487,7 @@ def test_a_template_that_writes_replies_unlike_its_own_prompt_is_refused() -> No
     )
 
     with pytest.raises(InputError, match="writes reply 2 differently"):
-        list(
-            renderings(source, TWO_ROUNDS.model_copy(update={"messages": TWO_ROUNDS.messages[1:3]}))
-        )
+        list(renderings(source, Conversation(messages=TWO_ROUNDS.messages[1:3])))
 
 
 def test_shipped_templates_say_source_roles_and_stop_tokens_in_their_first_line() -> None:

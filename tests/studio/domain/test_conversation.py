@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studio.domain.conversation import (
-    MAX_DEPTH,
-    MAX_DIGITS,
-    Conversation,
-    Message,
-    RecordError,
-    ToolCall,
-    from_openai,
-    json_sentence,
-    parse_json,
-)
+from studio.domain.conversation import Conversation, Image, Message, ToolCall
+from studio.domain.openai_messages import from_openai, split_thinking
+from studio.domain.strict_json import MAX_DEPTH, MAX_DIGITS, RecordError, json_sentence, parse_json
 
 JSON_VALUES = st.recursive(
     st.none()
@@ -174,21 +166,31 @@ ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
             "messages[0].role",
             "input should be 'system', 'developer', 'user', 'assistant' or 'tool'",
         ),
-        (one("user", 5), "messages[0].content", "text is expected"),
+        (one("user", 5), "messages[0].content", "text or a list of parts is expected"),
         (
             one("user", None),
             "messages[0]",
             "content is missing; only an assistant that calls tools may omit it",
         ),
         (
-            one("user", [{"type": "image_url", "image_url": {"url": "a"}}]),
+            one("user", [{"type": "image_url", "image_url": {"url": 5}}]),
             "messages[0].content",
-            "part 0 is of type 'image_url'; only text parts can be trained",
+            "part 0 is an image without a reference",
+        ),
+        (
+            one("user", [{"type": "video", "video": "a"}]),
+            "messages[0].content",
+            "part 0 is of type 'video'; text and images are known",
         ),
         (
             one("user", ["a"]),
             "messages[0].content",
-            "part 0 is of type 'str'; only text parts can be trained",
+            "part 0 is of type 'str'; text and images are known",
+        ),
+        (
+            one("system", [{"type": "image_url", "image_url": "a"}]),
+            "messages[0]",
+            "a system message cannot hold images",
         ),
         (one("user", [{"type": "text"}]), "messages[0].content", "part 0 has no text"),
         ({**one("user", "a"), "tools": {}}, "tools", "a list is expected"),
@@ -226,9 +228,14 @@ ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
         ),
         # Each of these would change what is trained if it were silently dropped.
         (
-            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]},
             "messages[0].weight",
-            "only weight 1 is known: every reply of the assistant is trained",
+            "a weight is 0 (not trained) or 1 (trained)",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a", "weight": 0}]},
+            "messages[0]",
+            "only an assistant's message has a weight; the others never train",
         ),
         (
             {"messages": [{"role": "assistant", "content": "a", "function_call": {"name": "f"}}]},
@@ -250,6 +257,89 @@ def test_a_weight_of_one_and_an_empty_function_call_mean_nothing() -> None:
     message = {"role": "assistant", "content": "a", "weight": 1, "function_call": None}
 
     assert from_openai({"messages": [message]}) == from_openai(one("assistant", "a"))
+
+
+def test_a_weight_of_zero_is_kept() -> None:
+    message = {"role": "assistant", "content": "a", "weight": 0}
+    conversation = from_openai({"messages": [message]})
+
+    assert conversation.messages[0].weight == 0
+    assert Conversation.from_json(conversation.to_json()) == conversation
+
+
+# ---- thinking in tags -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "answer"),
+    [
+        ("<think>a</think>b", "a", "b"),
+        ("<think>\n\na\nb\n</think>\n\nc\n", "a\nb", "c\n"),
+        (" \n<think>a</think>", "a", ""),
+        ("<think></think>b", "", "b"),
+        ("<think>\n\n</think>\n\nb", "", "b"),
+        ("b", None, "b"),
+        ("b <think>a</think>", None, "b <think>a</think>"),
+        ("<think>a", None, "<think>a"),
+        ("a</think>b", None, "a</think>b"),
+        ("<think>a<think>b</think>c", None, "<think>a<think>b</think>c"),
+        ("<think>a</think>b</think>c", None, "<think>a</think>b</think>c"),
+    ],
+)
+def test_thinking_in_tags_before_an_answer_becomes_reasoning(
+    text: str, reasoning: str | None, answer: str
+) -> None:
+    assert split_thinking(text) == (reasoning, answer)
+    message = from_openai(one("assistant", text)).messages[0]
+    assert (message.reasoning_content, message.content) == (reasoning, answer)
+
+
+def test_tags_stay_where_others_speak_or_thinking_has_its_field() -> None:
+    text = "<think>a</think>b"
+    given_thinking = {"role": "assistant", "content": text, "reasoning_content": "c"}
+    message = from_openai({"messages": [given_thinking]}).messages[0]
+
+    assert from_openai(one("user", text)).messages[0].content == text
+    assert (message.reasoning_content, message.content) == ("c", text)
+
+
+# ---- images -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}},
+        {"type": "image_url", "image_url": "a.png"},
+        {"type": "image", "image": "a.png"},
+        {"type": "input_image", "image_url": "a.png"},
+    ],
+)
+def test_an_image_is_kept_by_reference_at_its_place(part: dict[str, Any]) -> None:
+    text = [{"type": "text", "text": "Here:"}, {"type": "text", "text": "?"}]
+    conversation = from_openai(one("user", [text[0], part, text[1]]))
+    message = conversation.messages[0]
+
+    assert (message.content, message.images) == ("Here:?", (Image(at=5, ref="a.png"),))
+    assert message.template_content() == [text[0], {"type": "image", "image": "a.png"}, text[1]]
+    assert Conversation.from_json(conversation.to_json()) == conversation
+
+
+PIECES = st.lists(
+    st.text(min_size=1).map(lambda text: {"type": "text", "text": text})
+    | st.text(min_size=1).map(lambda ref: {"type": "image", "image": ref}),
+    max_size=6,
+)
+
+
+@given(PIECES)
+def test_templates_see_text_and_images_in_their_order(parts: list[dict[str, str]]) -> None:
+    message = from_openai(one("user", parts)).messages[0]
+    seen = message.template_content()
+    again = from_openai(one("user", seen)).messages[0]
+
+    assert again == message
+    assert isinstance(seen, list) == any(part["type"] == "image" for part in parts)
 
 
 @given(JSON_VALUES)

@@ -164,7 +164,9 @@ def test_a_known_model_links_its_source(known: KnownModel) -> None:
 
 
 def test_every_known_model_has_a_preset_and_the_other_way_round() -> None:
-    assert {preset.job_spec().model.id for preset in PRESETS.values()} == set(MODELS)
+    # Its template is for looking at Datasets; trained, it would be tiny/qwen3-next again.
+    only_read = {"tiny/qwen3-next-thinking"}
+    assert {preset.job_spec().model.id for preset in PRESETS.values()} == set(MODELS) - only_read
 
 
 def test_changes_lie_over_the_preset_section_by_section() -> None:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
+from studio.domain.data_spec import DataSpec, MixturePart
 from studio.domain.section import Section
 from studio.domain.spec import (
     BatchSpec,
-    DataSpec,
     JobSpec,
     LoraSpec,
     ModelRef,
@@ -198,7 +198,21 @@ SPECS = st.builds(
         DataSpec,
         dataset=st.text(max_size=60)
         | st.sampled_from(["=", "~", "1_0", "0x1", "1e3", "no", "1:2"]),
+        weight=numbers("data.weight"),
+        mixture=st.lists(
+            st.builds(
+                MixturePart,
+                dataset=st.text(min_size=1, max_size=20).filter(lambda name: "," not in name),
+                weight=st.floats(1e-6, 100),
+            ),
+            max_size=3,
+        ).map(tuple),
+        eval_dataset=st.text(max_size=20),
+        eval_share=numbers("data.eval_share"),
         max_length_tokens=numbers("data.max_length_tokens"),
+        truncation=st.sampled_from(["refuse", "cut", "split"]),
+        thinking=st.sampled_from(["train", "mask", "strip"]),
+        empty_think=st.sampled_from(["prompt", "train"]),
     ),
     lora=st.builds(
         LoraSpec,
