@@ -1,0 +1,1 @@
+"""What a model reads: tokens, mask, statistics, and the cache of them."""
