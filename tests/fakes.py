@@ -9,6 +9,7 @@ from studio.settings import Settings
 from studio.store import leases
 from studio.store.database import Database
 from studio.store.rows import ArtifactRow, ChatRow, JobRow, RunRow
+from studio.tokens.sandbox import Inspector
 
 
 class FakeDispatch:
@@ -45,4 +46,5 @@ def make_studio(home_folder: Path) -> Studio:
         database=database,
         dispatch=FakeDispatch(database),
         settings=Settings(home=home_folder),
+        inspector=Inspector(home.verdicts),
     )

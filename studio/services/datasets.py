@@ -1,35 +1,65 @@
-"""Verbs of Datasets: check, import, list, look at."""
+"""Verbs of Datasets: check, import, list, look at, remove."""
 
-import hashlib
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
-
-from sqlalchemy.exc import IntegrityError
+from typing import Any
 
 from studio.disk import Home
-from studio.domain.conversation import Conversation
-from studio.domain.validation import Reader, Report, open_dataset
-from studio.errors import InputError, NotFoundError, disk_errors
+from studio.domain.conversation import Kind, Record
+from studio.domain.validation import Report
+from studio.errors import ConflictError, InputError, NotFoundError, disk_errors
+from studio.intake.archive import Limits
+from studio.intake.canonical import Canonical
+from studio.intake.formats import Mapping
+from studio.intake.openai import to_line
+from studio.intake.stored import Progress, Taken, checked_size, no_progress, sha256_of, take_file
+from studio.intake.texts import visible_texts
+from studio.intake.transfer import check_room
+from studio.services import shelf
 from studio.services.studio import Studio
 from studio.store import datasets as store
 from studio.store.rows import DatasetRow
 
 EXAMPLE_NAME = "tidemark-support"
-Progress = Callable[[float], None]
+# Text that packs twenty times as well as usual is a bomb rather than a Dataset.
+MAX_UNPACKED = 16
 
 
-def no_progress(_: float) -> None:
-    """Report to nobody."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Imported:
+    """What became of a file.
+
+    Attributes:
+        row: The Dataset; None when nothing was stored.
+        is_new: False when the same content is a Dataset already: that one.
+        source_sha256: Hash of the file's bytes.
+        rejects: The bad records as JSON lines; None when there are none.
+    """
+
+    row: DatasetRow | None
+    report: Report
+    is_new: bool
+    source_sha256: str
+    rejects: Path | None
+
+
+# ---- take in ----------------------------------------------------------------------------------
 
 
 def import_file(
-    studio: Studio, path: Path, name: str = "", progress: Progress = no_progress
-) -> tuple[DatasetRow | None, Report]:
+    studio: Studio,
+    path: Path,
+    name: str = "",
+    *,
+    mapping: Mapping | None = None,
+    drop_rejected: bool = False,
+    source: dict[str, Any] | None = None,
+    progress: Progress = no_progress,
+) -> Imported:
     """Turn a file into a Dataset.
 
     The same content is stored once: importing it again returns the Dataset that is there.
@@ -38,93 +68,87 @@ def import_file(
         studio: The installation.
         path: The file, on this machine.
         name: Name of the Dataset; the file's name when empty.
-        progress: Called with the share of the file that was read, 0 to 1.
+        mapping: What the columns of a table are.
+        drop_rejected: Store the good records of a file that has bad ones too.
+        source: How the file came: `type`, `name` and more; its `sha256` is believed.
+        progress: Called with the share that is done, 0 to 1.
 
     Returns:
-        The Dataset and the Report; None instead of a Dataset when the Report has errors, and
-        then nothing is stored.
+        The Dataset and the Report. Without a Dataset nothing is stored but the bad records, for a
+        day, so that they can be looked at.
 
     Raises:
         InputError: The file cannot be read, or is larger than the settings allow.
         MachineError: The disk is full; nothing is kept.
     """
-    size = _checked_size(path, studio.settings.max_upload_bytes)
-    with (
-        disk_errors("storing the dataset"),
-        open_dataset(path) as source,
-        tempfile.TemporaryDirectory(dir=studio.home.incoming) as folder,
-    ):
-        reader, digest = Reader(), hashlib.sha256()
-        canonical = Path(folder) / "canonical.jsonl"
-        with canonical.open("wb") as file:
-            for number, conversation in enumerate(reader.read(source)):
-                line = (conversation.to_json() + "\n").encode("utf-8")
-                digest.update(line)
-                file.write(line)
-                if number % 200 == 0:
-                    progress(source.tell() / max(size, 1))
-        report = reader.report()
-        if not report.is_accepted:
-            return None, report
-        progress(1.0)
-        row = _store(studio, canonical, digest.hexdigest(), name or path.stem, path.name, report)
-        return row, report
-
-
-def _checked_size(path: Path, limit: int) -> int:
-    with open_dataset(path) as source:
-        source.seek(0, 2)
-        size = source.tell()
-    if size > limit:
-        raise InputError(
-            f"The file {path.name} has {size / 2**20:.0f} MiB, more than the {limit / 2**20:.0f} "
-            "MiB that one file may have.",
-            "Split it, or raise STUDIO_MAX_UPLOAD_BYTES.",
+    size = checked_size(path, studio.settings.max_upload_bytes)
+    check_room(size, studio.home.incoming, studio.settings.min_free_bytes)
+    limits = Limits(max_bytes=studio.settings.max_upload_bytes * MAX_UNPACKED)
+    origin = {"type": "path", "name": path.name, **(source or {})}
+    with disk_errors("storing the dataset"), shelf.workshop(studio.home) as folder:
+        taken = take_file(path, folder, limits=limits, mapping=mapping, progress=progress)
+        origin["sha256"] = origin.get("sha256") or sha256_of(path)
+        row, is_new = None, False
+        if taken.report.is_accepted or (drop_rejected and taken.report.is_salvageable):
+            assert taken.written is not None
+            fresh = shelf.new_row(taken.written, taken.report, name or path.stem, origin)
+            row, is_new = shelf.add(studio, fresh, taken.written, taken.rejects)
+        return Imported(
+            row=row,
+            report=taken.report,
+            is_new=is_new,
+            source_sha256=origin["sha256"],
+            rejects=_rejects(studio.home, row, taken, origin["sha256"]),
         )
-    return size
 
 
-def _store(
-    studio: Studio, canonical: Path, sha256: str, name: str, source_name: str, report: Report
-) -> DatasetRow:
-    with studio.database.read() as session:
-        known = store.by_sha256(session, sha256)
-    if known is not None:
-        return known
-    target = studio.home.dataset(sha256)
-    canonical.replace(target)
-    try:
-        with studio.database.write() as session:
-            row = DatasetRow(
-                name=_free_name(store.names(session), name),
-                sha256=sha256,
-                source_name=source_name,
-                num_conversations=report.num_conversations,
-                size_bytes=target.stat().st_size,
-                report=report.model_dump(mode="json"),
-                created_at=time.time(),
-            )
-            session.add(row)
-    except IntegrityError:  # another browser stored the same content at this moment
-        return get(studio, sha256)
-    return row
+def _rejects(home: Home, row: DatasetRow | None, taken: Taken, source_sha256: str) -> Path | None:
+    if row is not None:
+        return rejects(home, row)
+    if taken.rejects is None:
+        return None
+    return taken.rejects.replace(home.rejects(source_sha256))
 
 
-def _free_name(taken: set[str], wanted: str) -> str:
-    printable = "".join(character for character in wanted if character.isprintable())
-    base = " ".join(printable.split())[:80] or "dataset"
-    name, number = base, 2
-    while name in taken:
-        name, number = f"{base}-{number}", number + 1
-    return name
+def check_file(
+    path: Path,
+    *,
+    mapping: Mapping | None = None,
+    max_bytes: int = 2**31,
+    rejects: Path | None = None,
+    progress: Progress = no_progress,
+) -> Report:
+    """Read a file as `import_file` does, and store nothing.
+
+    Args:
+        path: The file.
+        mapping: What the columns of a table are.
+        max_bytes: Largest file.
+        rejects: Where the bad records are written, if there are any.
+        progress: Called with the share that is done, 0 to 1.
+
+    Raises:
+        InputError: The file cannot be read, or is larger than allowed.
+        MachineError: The disk is full.
+    """
+    checked_size(path, max_bytes)
+    limits = Limits(max_bytes=max_bytes * MAX_UNPACKED)
+    with disk_errors("checking the file"), tempfile.TemporaryDirectory() as name:
+        taken = take_file(path, Path(name), limits=limits, mapping=mapping, progress=progress)
+        if rejects is not None and taken.rejects is not None:
+            rejects.write_bytes(taken.rejects.read_bytes())
+    return taken.report
 
 
 def import_example(studio: Studio) -> DatasetRow:
     """Import the example data set that is shipped with the studio, once."""
-    row, report = import_file(studio, example_file(studio), EXAMPLE_NAME)
-    if row is None:
-        raise InputError(f"The shipped data set is damaged: {report.issues[0]}.", "Reinstall.")
-    return row
+    path = example_file(studio)
+    source = {"type": "example", "name": path.name}
+    imported = import_file(studio, path, EXAMPLE_NAME, source=source)
+    if imported.row is None:
+        first = imported.report.issues[0]
+        raise InputError(f"The shipped data set is damaged: {first}.", "Reinstall.")
+    return imported.row
 
 
 def example_file(studio: Studio) -> Path:
@@ -135,11 +159,13 @@ def example_file(studio: Studio) -> Path:
 @cache
 def example_sha256(path: Path) -> str:
     """Return the content hash that a shipped data set has as a Dataset."""
-    digest = hashlib.sha256()
-    with open_dataset(path) as source:
-        for conversation in Reader().read(source):
-            digest.update((conversation.to_json() + "\n").encode("utf-8"))
-    return digest.hexdigest()
+    with tempfile.TemporaryDirectory() as name:
+        taken = take_file(path, Path(name), limits=Limits(), mapping=None, progress=no_progress)
+    assert taken.written is not None
+    return taken.written.sha256
+
+
+# ---- look at ----------------------------------------------------------------------------------
 
 
 def listing(studio: Studio) -> Sequence[DatasetRow]:
@@ -148,8 +174,13 @@ def listing(studio: Studio) -> Sequence[DatasetRow]:
         return store.listing(session)
 
 
-def get(studio: Studio, key: str) -> DatasetRow:
+def get(studio: Studio, key: str, field: str = "data.dataset") -> DatasetRow:
     """Return a Dataset by name, number or content hash.
+
+    Args:
+        studio: The installation.
+        key: Name, number or content hash.
+        field: Field of a spec that names it.
 
     Raises:
         NotFoundError: There is none.
@@ -162,25 +193,146 @@ def get(studio: Studio, key: str) -> DatasetRow:
         raise NotFoundError(
             f"There is no dataset {key!r}." if key else "No dataset is chosen.",
             f"{there} Add one on the Datasets page, or with `studio dataset add FILE`.",
-            field="data.dataset",
+            field=field,
         )
     return row
 
 
-def conversations(home: Home, row: DatasetRow, start: int, count: int) -> list[Conversation]:
-    """Return `count` Conversations from number `start` (from 0)."""
-    with _canonical(home, row) as file:
-        return [
-            Conversation.from_json(line.decode("utf-8"))
-            for line in islice(file, start, start + count)
-        ]
+@contextmanager
+def canonical(home: Home, row: DatasetRow) -> Iterator[Canonical]:
+    """Open the records of a Dataset.
+
+    Raises:
+        NotFoundError: Its file is gone, or was changed from outside.
+        MachineError: Its index is missing and cannot be written.
+    """
+    with disk_errors("opening the dataset"):
+        opened = _open(home.dataset(row.sha256), home.dataset_index(row.sha256), row)
+    with opened:
+        yield opened
 
 
-def _canonical(home: Home, row: DatasetRow) -> BinaryIO:
+def _open(path: Path, index: Path, row: DatasetRow) -> Canonical:
     try:
-        return home.dataset(row.sha256).open("rb")
-    except OSError as error:
-        raise NotFoundError(
-            f"The file of dataset {row.name!r} is gone from the home folder.",
-            "Add the dataset again; the same content takes its place.",
-        ) from error
+        size = path.stat().st_size
+        if size == row.size_bytes:
+            return Canonical(path, index, Kind(row.kind))
+        fault = f"was changed from outside: it has {size:,} bytes instead of {row.size_bytes:,}"
+    except FileNotFoundError:
+        fault = "is gone from the home folder"
+    raise NotFoundError(
+        f"The file of dataset {row.name!r} {fault}.",
+        "Add the dataset again; the same content takes its place.",
+    )
+
+
+def records(home: Home, row: DatasetRow, start: int, count: int) -> list[Record]:
+    """Return `count` records from number `start` (from 0)."""
+    with canonical(home, row) as opened:
+        return opened.slice(start, count)
+
+
+def find(
+    home: Home,
+    row: DatasetRow,
+    text: str,
+    start: int = 0,
+    *,
+    ignore_case: bool = True,
+    role: str | None = None,
+) -> int | None:
+    """Return the number of the first record from `start` that holds a text; None without.
+
+    Args:
+        home: The home folder.
+        row: The Dataset.
+        text: What is looked for.
+        start: Number of the first record that is looked at, from 0.
+        ignore_case: Whether small and capital letters are the same.
+        role: Only in what this role says; None for everywhere.
+    """
+    with canonical(home, row) as opened:
+        for number in opened.hits(text, start, ignore_case=ignore_case):
+            if role is None or _says(opened[number], role, text, ignore_case=ignore_case):
+                return number
+    return None
+
+
+def _says(record: Record, role: str, text: str, *, ignore_case: bool) -> bool:
+    said = (found for who, found in visible_texts(record) if who == role)
+    if ignore_case:
+        return any(text.lower() in found.lower() for found in said)
+    return any(text in found for found in said)
+
+
+def export(studio: Studio, row: DatasetRow, folder: Path) -> Path:
+    """Write a Dataset as JSON lines that others read too, OpenAI messages where it can be.
+
+    Args:
+        studio: The installation.
+        row: The Dataset.
+        folder: Where the file is written, under the Dataset's name.
+
+    Raises:
+        NotFoundError: The Dataset's file is gone.
+        MachineError: The disk is full.
+    """
+    path = folder / f"{shelf.file_name(row.name)}.jsonl"
+    with (
+        disk_errors("exporting the dataset"),
+        canonical(studio.home, row) as opened,
+        path.open("wb") as file,
+    ):
+        file.writelines(to_line(record) for record in opened)
+    return path
+
+
+def rejects(home: Home, row: DatasetRow) -> Path | None:
+    """Return the records that were dropped when a Dataset was stored; None without."""
+    path = home.dataset_rejects(row.sha256)
+    return path if path.exists() else None
+
+
+# ---- change -----------------------------------------------------------------------------------
+
+
+def rename(studio: Studio, key: str, name: str) -> DatasetRow:
+    """Give a Dataset another name.
+
+    Raises:
+        NotFoundError: There is no such Dataset.
+        InputError: The name is empty.
+        ConflictError: Another Dataset has it.
+    """
+    wanted = shelf.clean_name(name)
+    if not wanted:
+        raise InputError("The name is empty.", "Write a name.", field="name")
+    found = get(studio, key)
+    with studio.database.write() as session:
+        row = session.get_one(DatasetRow, found.id)
+        if wanted != row.name and wanted in store.names(session):
+            raise ConflictError(
+                f"Another dataset is named {wanted!r}.", "Choose another name.", field="name"
+            )
+        row.name = wanted
+    return get(studio, found.sha256)
+
+
+def delete(studio: Studio, key: str) -> None:
+    """Remove a Dataset and its files.
+
+    Raises:
+        NotFoundError: There is no such Dataset.
+        ConflictError: Runs have used it.
+    """
+    row = get(studio, key)
+    with studio.database.write() as session:
+        runs = store.runs_of(session, row)
+        if runs:
+            named = ", ".join(str(run) for run in runs[:10]) + (", ..." if len(runs) > 10 else "")
+            raise ConflictError(
+                f"Dataset {row.name!r} is part of {len(runs)} runs: {named}.",
+                "It stays, so that these runs can be repeated.",
+            )
+        store.delete_row(session, row)
+    shelf.remove_unnamed(studio, row.sha256)

@@ -17,7 +17,7 @@ from studio.domain.proof import Proofs, Recall
 from studio.domain.run import RunState
 from studio.domain.spec import JobSpec, parse_spec, yaml_mapping
 from studio.errors import ConflictError, NotFoundError
-from studio.services import datasets, models
+from studio.services import mixtures, models
 from studio.services.studio import Studio
 from studio.store import leases
 from studio.store import runs as store
@@ -58,18 +58,19 @@ def submit(studio: Studio, spec: JobSpec) -> RunRow:
         spec: What to train; `data.dataset` may be a name, a number or a content hash.
 
     Returns:
-        The Run, QUEUED; its spec names the Dataset by content hash.
+        The Run, QUEUED; its spec names all Datasets by content hash.
 
     Raises:
         NotFoundError: There is no such Preset or Dataset.
-        InputError: A target group matches nothing, or the model cannot be trained.
+        InputError: A target group matches nothing, the model cannot be trained, or a Dataset is of
+            a kind that cannot be trained on.
     """
     if spec.preset:
         find_preset(studio.presets, spec.preset)
-    dataset = datasets.get(studio, spec.data.dataset)
+    data = mixtures.for_training(studio, spec)
+    dataset = data.parts[0].row
     models.check_targets(studio, spec)
-    values = spec.model_dump(mode="json")
-    values["data"]["dataset"] = dataset.sha256
+    values = data.pinned(spec).model_dump(mode="json")
     with studio.database.write() as session:
         row = RunRow(
             name=spec.name or f"{dataset.name} on {spec.preset or spec.model.id}",

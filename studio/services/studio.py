@@ -1,4 +1,4 @@
-"""What every verb needs at hand: home folder, database, the door to the workers, the templates."""
+"""What every verb needs at hand: home folder, database, the doors to the workers and the inspector."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +8,7 @@ from studio.dispatch import CeleryDispatch, Dispatch
 from studio.domain.preset import KnownModel, Preset, load_models, load_presets
 from studio.settings import Settings
 from studio.store.database import Database
+from studio.tokens.sandbox import Inspector
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,6 +19,7 @@ class Studio:
     database: Database
     dispatch: Dispatch
     settings: Settings
+    inspector: Inspector
     templates: Path = TEMPLATES
 
     @property
@@ -44,4 +46,5 @@ def open_studio(settings: Settings) -> Studio:
         database=Database(home.database),
         dispatch=CeleryDispatch(home),
         settings=settings,
+        inspector=Inspector(home.verdicts),
     )

@@ -5,17 +5,26 @@ from typing import Any, ClassVar
 from sqlalchemy import JSON, CheckConstraint, Double, ForeignKey, Index
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from studio.domain.conversation import Kind
 from studio.domain.run import RunState
 
 
 class Base(DeclarativeBase):
     """Base of all rows."""
 
-    type_annotation_map: ClassVar = {dict[str, Any]: JSON, float: Double}
+    type_annotation_map: ClassVar = {dict[str, Any]: JSON, list[str]: JSON, float: Double}
 
 
 class DatasetRow(Base):
-    """An immutable Dataset; its conversations lie in a file named by `sha256`."""
+    """An immutable Dataset; its records lie in a file named by `sha256`.
+
+    Attributes:
+        num_conversations: Number of records, of whatever kind.
+        parent_id: The Dataset that it is a version of, as long as that is there.
+        source: How it came: `type` (upload, path, hub, url, version, example), `name`, `sha256` of
+            the bytes it was read from, and what else the source tells, as `url` or `revision`.
+        change: What a version changed, in numbers of records; None when it is none.
+    """
 
     __tablename__ = "datasets"
 
@@ -27,6 +36,29 @@ class DatasetRow(Base):
     size_bytes: Mapped[int]
     report: Mapped[dict[str, Any]]
     created_at: Mapped[float]
+    kind: Mapped[str] = mapped_column(default=Kind.CONVERSATIONS)
+    parent_id: Mapped[int | None] = mapped_column(ForeignKey("datasets.id"))
+    source: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    change: Mapped[dict[str, Any] | None]
+
+
+class EditRow(Base):
+    """What shall be different from a Dataset in its next version, for one record.
+
+    Attributes:
+        number: The record, from 0.
+        tags: Its tags; None leaves them as they are.
+        record: Its canonical line; None leaves it as it is.
+    """
+
+    __tablename__ = "edits"
+
+    dataset_id: Mapped[int] = mapped_column(ForeignKey("datasets.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    excluded: Mapped[bool] = mapped_column(default=False)
+    tags: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    record: Mapped[str | None]
+    updated_at: Mapped[float]
 
 
 class JobRow(Base):

@@ -7,16 +7,18 @@ import time
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
 from studio.domain.metrics import Point
 from studio.domain.run import RunState
 from studio.errors import MachineError
-from studio.store import leases, runs
-from studio.store.database import Database
-from studio.store.rows import Base, DatasetRow, RunRow
+from studio.store import datasets, leases, runs
+from studio.store.database import MIGRATIONS, Database
+from studio.store.rows import Base, DatasetRow, EditRow, RunRow
 
 
 @pytest.fixture
@@ -58,6 +60,38 @@ def test_migrations_make_the_schema_that_the_rows_describe(database: Database) -
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, Base.metadata) == []
     engine.dispose()
+
+
+def move_schema(database: Database, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    engine = create_engine(f"sqlite:///{database.path}")
+    with engine.begin() as connection:
+        connection.execute(text("PRAGMA foreign_keys=ON"))
+        config.attributes["connection"] = connection
+        move = command.downgrade if revision < "0002" else command.upgrade
+        move(config, revision)
+    engine.dispose()
+
+
+def test_datasets_of_the_first_schema_know_afterwards_how_they_came(database: Database) -> None:
+    add_runs(database, 2)
+    with database.write() as session:
+        session.add(EditRow(dataset_id=1, number=0, excluded=True, updated_at=1.0))
+    move_schema(database, "0001")
+    engine = create_engine(f"sqlite:///{database.path}")
+    with engine.begin() as connection:
+        names = {row[1] for row in connection.execute(text("PRAGMA table_info(datasets)"))}
+        assert not names & {"kind", "parent_id", "source", "change"}
+        connection.execute(text("UPDATE datasets SET source_name = 'a \"b\" ü.jsonl'"))
+    engine.dispose()
+    move_schema(database, "head")
+    with database.read() as session:
+        row = session.get_one(DatasetRow, 1)
+        assert datasets.edit(session, 1, 0) is None
+        assert [run.dataset_id for run in runs.listing(session, 10)] == [1, 1]
+    assert (row.kind, row.parent_id, row.change) == ("conversations", None, None)
+    assert row.source == {"type": "upload", "name": 'a "b" ü.jsonl'}
 
 
 def test_a_database_of_a_newer_version_is_refused_in_words(tmp_path: Path) -> None:

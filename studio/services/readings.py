@@ -1,0 +1,120 @@
+"""A Dataset as a model reads it: one conversation in tokens, all of it in figures, a run's epoch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from studio.domain.data_spec import DataSpec
+from studio.domain.reading import Reading
+from studio.domain.spec import BatchSpec, JobSpec, ModelRef, TrainSpec
+from studio.errors import NotFoundError
+from studio.services import datasets, mixtures, tokenizers
+from studio.services.studio import Studio
+from studio.store.rows import DatasetRow
+from studio.tokens import cache
+from studio.tokens.cache import TokenCache
+from studio.tokens.fitted import Fitted
+from studio.tokens.sandbox import Inspection
+from studio.tokens.statistics import MixturePlan, Statistics, mixture_plan
+from studio.tokens.statistics import statistics as count
+
+Progress = Callable[[float], None]
+
+
+def inspect(studio: Studio, key: str, number: int, model: ModelRef, data: DataSpec) -> Inspection:
+    """Return one conversation as the trainer feeds it to a model.
+
+    Args:
+        studio: The installation.
+        key: Name, number or content hash of the Dataset.
+        number: Which record, from 0.
+        model: Whose template and tokenizer read it.
+        data: Its thinking, truncation and cutoff are applied.
+
+    Raises:
+        NotFoundError: There is no such Dataset, record or model.
+        InputError: The template refuses the conversation; its words are kept.
+    """
+    row = datasets.get(studio, key)
+    found = datasets.records(studio.home, row, number, 1)
+    if not found:
+        raise NotFoundError(
+            f"There is no record {number + 1} in {row.name}: they go from 1 to "
+            f"{row.num_conversations:,}.",
+            "Choose another number.",
+        )
+    folder = tokenizers.folder_of(studio, model)
+    return studio.inspector.inspect(found[0], folder, data.reading, data.cut)
+
+
+def tokens_of(
+    studio: Studio, row: DatasetRow, model: ModelRef, reading: Reading, progress: Progress
+) -> TokenCache:
+    """Return the token cache of a Dataset; make it where it is not there yet.
+
+    Raises:
+        InputError: The model or its template is wrong.
+        MachineError: The disk or the memory is full.
+    """
+    folder = tokenizers.folder_of(studio, model)
+    return cache.build(studio.home, row.sha256, folder, reading, progress=progress)
+
+
+def statistics(
+    studio: Studio, key: str, model: ModelRef, data: DataSpec, *, progress: Progress
+) -> Statistics:
+    """Count a Dataset in a model's own tokens; steps are those of a spec's defaults.
+
+    Raises:
+        NotFoundError: There is no such Dataset or model.
+        InputError: The model's template is wrong.
+        MachineError: The disk or the memory is full.
+    """
+    row = datasets.get(studio, key)
+    found = tokens_of(studio, row, model, data.reading, progress)
+    return count(found, data.cut, BatchSpec(), TrainSpec())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What a run would train on.
+
+    Attributes:
+        num_too_long: Examples that are longer than the cutoff.
+        lost_tokens: Tokens that truncation takes away.
+        num_refused: Conversations that the template refuses.
+    """
+
+    mixture: MixturePlan
+    num_too_long: int
+    lost_tokens: int
+    num_refused: int
+    longest: int
+
+
+def plan(studio: Studio, spec: JobSpec, progress: Progress) -> Plan:
+    """Return what a run of this spec would train on, counted on the real tokens.
+
+    Raises:
+        NotFoundError: There is no such Dataset or model.
+        InputError: A Dataset cannot be trained on, or the template is wrong.
+    """
+    found = mixtures.for_training(studio, spec)
+    fitted: dict[str, tuple[Fitted, float]] = {}
+    num_refused = longest = 0
+    for index, part in enumerate(found.parts):
+        step = _share(progress, index, len(found.parts))
+        tokens = tokens_of(studio, part.row, spec.model, spec.data.reading, step)
+        fitted[part.row.name] = (Fitted(tokens, spec.data.cut), part.weight)
+        num_refused += tokens.meta.counts.num_refused
+        longest = max(longest, int(tokens.lengths.max(initial=0)))
+    return Plan(
+        mixture=mixture_plan(fitted, spec.batch, spec.train),
+        num_too_long=sum(len(each.long) for each, _ in fitted.values()),
+        lost_tokens=sum(each.lost_tokens for each, _ in fitted.values()),
+        num_refused=num_refused,
+        longest=longest,
+    )
+
+
+def _share(progress: Progress, index: int, total: int) -> Progress:
+    return lambda done: progress((index + done) / total)
