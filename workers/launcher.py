@@ -17,12 +17,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from studio.disk import RunFolder, write_whole
+from studio.domain.spec import JobSpec
+from studio.errors import InputError, disk_errors
+
 logger = logging.getLogger(__name__)
 
 MARK = "STUDIO_RUN"
 UNEXPLAINED = "Unexplained"
 STOP_GRACE_SECONDS = 60.0
 PROC = Path("/proc")
+
+
+def prepare_run(folder: RunFolder, spec: JobSpec) -> None:
+    """Write what a trainer reads into its run folder: the spec, and links to its Datasets.
+
+    Raises:
+        InputError: The file of a Dataset is gone.
+        MachineError: The disk is full or read-only.
+    """
+    named = [part.dataset for part in spec.data.mixture]
+    named += [spec.data.eval_dataset] if spec.data.eval_dataset else []
+    with disk_errors("preparing the run"):
+        folder.datasets.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for sha256 in (spec.data.dataset, *named):
+            dataset = folder.home.dataset(sha256)
+            if not dataset.exists():
+                raise InputError(
+                    "The file of the run's dataset is gone from the home folder.",
+                    "Add the dataset again; the same content takes its place.",
+                )
+            _link(folder.datasets / dataset.name, dataset)
+        for old in (folder.result, folder.error):
+            old.unlink(missing_ok=True)
+        # The Dataset of runs that name no other, as `python -m workers.engine` takes it too.
+        _link(folder.dataset, folder.home.dataset(spec.data.dataset))
+    write_whole(folder.spec, json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
+
+
+def _link(link: Path, target: Path) -> None:
+    link.unlink(missing_ok=True)
+    link.symlink_to(os.path.relpath(target, link.parent))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

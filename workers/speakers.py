@@ -15,8 +15,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from studio.disk import Home
 from studio.domain.chat_template import render
-from studio.domain.conversation import RecordError, from_openai
+from studio.domain.openai_messages import from_openai
 from studio.domain.orders import ChatOrder
+from studio.domain.strict_json import RecordError
 from studio.errors import EngineError, InputError
 from workers.decode import Chooser, Sampling, Voice, decode
 from workers.engine.model import find_base, load_adapter, load_base, load_tokenizer

@@ -1,8 +1,6 @@
 """Tasks: read row -> claim -> launch -> follow -> record. Rung by name from studio.dispatch."""
 
-import json
 import logging
-import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,7 +11,7 @@ from studio.disk import OrderFolder, RunFolder, write_whole
 from studio.domain.orders import ChatOrder, MergeOrder
 from studio.domain.run import RunState
 from studio.domain.spec import JobSpec
-from studio.errors import InputError, StudioError
+from studio.errors import StudioError
 from studio.store import leases
 from studio.store.rows import ArtifactRow, ChatRow, JobRow, RunRow
 from workers import follow, launcher
@@ -107,7 +105,7 @@ def _fail(here: Shop, lease: leases.Lease, words: dict[str, Any]) -> None:
 def _train(here: Shop, row: RunRow) -> None:
     lease, folder = _lease(row), here.home.run(row.id)
     spec = JobSpec.model_validate(row.spec)
-    _prepare_run(folder, spec)
+    launcher.prepare_run(folder, spec)
     process = launcher.launch(
         launcher.trainer_command(folder.path, spec.train.num_gpus),
         mark=lease.mark,
@@ -127,21 +125,6 @@ def _train(here: Shop, row: RunRow) -> None:
     else:
         reached = RunState((how.result or {}).get("state", RunState.STOPPED))
         end(here, lease, reached, {"result": how.result, "stage": ""})
-
-
-def _prepare_run(folder: RunFolder, spec: JobSpec) -> None:
-    folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    dataset = folder.home.dataset(spec.data.dataset)
-    if not dataset.exists():
-        raise InputError(
-            "The file of the run's dataset is gone from the home folder.",
-            "Add the dataset again; the same content takes its place.",
-        )
-    for old in (folder.result, folder.error):
-        old.unlink(missing_ok=True)
-    folder.dataset.unlink(missing_ok=True)
-    folder.dataset.symlink_to(os.path.relpath(dataset, folder.path))
-    write_whole(folder.spec, json.dumps(spec.model_dump(mode="json"), indent=2) + "\n")
 
 
 def _run_news(folder: RunFolder, follower: follow.Follower) -> News:

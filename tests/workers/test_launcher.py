@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from studio.disk import Home
+from studio.domain.spec import JobSpec, parse_spec
+from studio.errors import InputError
 from workers import launcher
 
 # Writes its number to argv[1], then sleeps in a session of its own; its parent is gone by then.
@@ -206,3 +209,43 @@ def test_without_any_file_the_exit_code_becomes_a_sentence(
     assert words in how.error["message"]
     assert how.error["hint"]
     assert how.is_unexplained
+
+
+# ---- the run folder ---------------------------------------------------------------------------
+
+
+def data_spec(**data: object) -> JobSpec:
+    return parse_spec({"data": data})
+
+
+def test_a_run_folder_links_every_dataset_by_its_hash(tmp_path: Path) -> None:
+    home = Home(path=tmp_path / "home")
+    home.create()
+    names = [letter * 64 for letter in "abc"]
+    for name in names:
+        home.dataset(name).write_text(f"{name}\n")
+    spec = data_spec(
+        dataset=names[0], mixture=[{"dataset": names[1], "weight": 2}], eval_dataset=names[2]
+    )
+    run = home.run(1)
+    run.path.mkdir()
+    run.error.write_text("{}")
+    for _ in range(2):  # a second attempt finds what the first has left
+        launcher.prepare_run(run, spec)
+    assert sorted(path.name for path in run.datasets.iterdir()) == [f"{n}.jsonl" for n in names]
+    assert all(run.dataset_of(name).read_text() == f"{name}\n" for name in names)
+    assert run.dataset.read_text() == f"{names[0]}\n"
+    assert run.dataset_of("") == run.dataset == run.dataset_of("d" * 64)
+    assert parse_spec(json.loads(run.spec.read_text())) == spec
+    assert not run.error.exists()
+    # The home folder can be moved as a whole.
+    moved = Home(path=home.path.rename(tmp_path / "moved"))
+    assert moved.run(1).dataset_of(names[1]).read_text() == f"{names[1]}\n"
+
+
+def test_a_dataset_that_is_gone_is_a_sentence(tmp_path: Path) -> None:
+    home = Home(path=tmp_path / "home")
+    home.create()
+    home.dataset("a" * 64).write_text("{}\n")
+    with pytest.raises(InputError, match="The file of the run's dataset is gone"):
+        launcher.prepare_run(home.run(1), data_spec(dataset="a" * 64, eval_dataset="b" * 64))

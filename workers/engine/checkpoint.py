@@ -5,8 +5,6 @@ It appears whole. Nothing in it is a pickle of code: the .pt files load with wei
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from safetensors.torch import load_file
 
 from studio.disk import RunFolder
 from studio.errors import EngineError, disk_errors
+from studio.whole import whole_folder
 
 VERSION = 1
 
@@ -106,13 +105,5 @@ def _rng_state() -> dict[str, torch.Tensor | list[torch.Tensor]]:
 
 
 def _appear_whole(folder: Path, write: Callable[[Path], object]) -> None:
-    with disk_errors(f"saving {folder.name}"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            write(temporary)
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with disk_errors(f"saving {folder.name}"), whole_folder(folder) as inner:
+        write(inner)

@@ -2,7 +2,7 @@
 
 targets   the layers that carry a LoRA are the selected ones, and nothing else trains
 coverage  how much of the base is really in 4 bits
-mask      which tokens are supervised, with examples to read
+mask      which tokens are supervised, with examples to read; that they are transformers' own
 learned   the update B A of every target group is not zero
 loss      it fell
 """
@@ -13,6 +13,7 @@ from itertools import groupby
 from statistics import fmean
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from bitsandbytes.nn import Params4bit  # type: ignore[attr-defined]
 from peft import PeftModel
@@ -20,13 +21,18 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from studio.domain.chat_template import readable
 from studio.domain.proof import Proof
+from studio.domain.reading import Reading
 from studio.domain.spec import LoraSpec
 from studio.domain.targets import TargetGroup, count_by_group, select, target_modules
-from workers.engine.batches import IGNORED, Example
+from studio.tokens.examples import Example
+from workers.engine.data import Examples, conversations_to_compare
 from workers.engine.model import SIXTEEN_BIT, base_of, lora_layers
 
 NUM_SHOWN = 3
+# Conversations, evenly spread, whose tokens are compared with transformers'.
+NUM_COMPARED = 8
 # Fewer steps than this say nothing about a trend.
 MIN_STEPS = 10
 
@@ -116,26 +122,89 @@ def prove_coverage(model: PreTrainedModel, method: Literal["qlora", "lora"]) -> 
     return Proof(name="coverage", passed=passed, summary=summary, details=details)
 
 
-def prove_mask(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Proof:
-    """Count supervised tokens and show examples as the model reads them."""
-    num_tokens = sum(len(example.tokens) for example in examples)
-    num_supervised = sum(example.num_supervised for example in examples)
-    empty = sum(example.num_supervised == 0 for example in examples)
+def prove_mask(examples: Examples, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> Proof:
+    """Count supervised tokens, show examples, and compare our tokens with transformers'.
+
+    Args:
+        examples: All that is trained on.
+        tokenizer: As transformers loads it from the base's folder.
+        reading: What is learned of the thinking.
+    """
+    num_tokens, num_supervised = int(examples.lengths.sum()), int(examples.supervised.sum())
+    empty = int((examples.supervised == 0).sum())
+    different, compared = _compare(examples, tokenizer, reading)
     summary = (
         f"{num_supervised:,} of {num_tokens:,} tokens are supervised "
         f"({num_supervised / num_tokens:.1%}), in {len(examples)} examples."
     )
     if empty:
         summary += f" {empty} examples have none."
+    left_out = _left_out(examples)
+    summary += left_out.pop("summary", "")
+    if compared:
+        summary += (
+            f" The tokens of {len(different)} of {compared} conversations differ from transformers', "
+            f"the first is line {different[0]}."
+            if different
+            else f" The tokens are identical to transformers' on {compared} conversations."
+        )
     details = {
         "examples": len(examples),
         "tokens": num_tokens,
         "supervised_tokens": num_supervised,
         "share": num_supervised / num_tokens,
         "empty_examples": empty,
-        "shown": [_shown(example, tokenizer) for example in examples[:NUM_SHOWN]],
+        "compared_with_transformers": compared,
+        "different_from_transformers": different,
+        **left_out,
+        "shown": [
+            _shown(examples[index], tokenizer) for index in range(min(NUM_SHOWN, len(examples)))
+        ],
     }
-    return Proof(name="mask", passed=num_supervised > 0, summary=summary, details=details)
+    passed = num_supervised > 0 and not different
+    return Proof(name="mask", passed=passed, summary=summary, details=details)
+
+
+def _left_out(examples: Examples) -> dict[str, Any]:
+    """Count what truncation takes away, and conversations with nothing to learn."""
+    fitted = [source.fitted for source in examples.sources]
+    lost = sum(one.lost_tokens for one in fitted)
+    empty = sum(len(one.nothing_left()) for one in fitted)
+    empty += sum(source.cache.meta.counts.num_unsupervised for source in examples.sources)
+    found: dict[str, Any] = {
+        "tokens_lost_by_truncation": lost,
+        "supervised_tokens_lost_by_truncation": sum(one.lost_supervised for one in fitted),
+        "conversations_with_nothing_left": empty,
+    }
+    if lost:
+        found["summary"] = f" Truncation leaves {lost:,} tokens out."
+    if empty:
+        found["summary"] = (
+            found.get("summary", "") + f" {empty} conversations have nothing to learn."
+        )
+    return found
+
+
+def _compare(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, reading: Reading
+) -> tuple[list[int], int]:
+    """Return the lines whose tokens differ from transformers', from 1, and how many were looked at.
+
+    Only the whole text of a conversation is compared: transformers has no notion of the others.
+    """
+    different, compared = [], 0
+    source = examples.sources[0]
+    lines = source.cache.lines
+    for number, conversation in conversations_to_compare(source, NUM_COMPARED):
+        messages, replies = readable(conversation, reading)
+        expected: Any = tokenizer.apply_chat_template(
+            messages[: replies[-1] + 1], tools=list(conversation.tools) or None, return_dict=True
+        )
+        last = int(np.searchsorted(lines, number, side="right")) - 1
+        compared += 1
+        if source.cache[last].tokens.tolist() != expected["input_ids"]:
+            different.append(number + 1)
+    return different, compared
 
 
 def prove_learned(model: PeftModel, lora: LoraSpec) -> Proof:
@@ -160,15 +229,29 @@ def prove_learned(model: PeftModel, lora: LoraSpec) -> Proof:
     return Proof(name="learned", passed=passed, summary=summary, details=details)
 
 
-def prove_loss(losses: Sequence[float]) -> Proof:
-    """Compare the mean loss of the first and the last tenth of the steps."""
+def prove_loss(losses: Sequence[float], eval_losses: Sequence[float] = ()) -> Proof:
+    """Compare the mean loss of the first and the last tenth of the steps.
+
+    Args:
+        losses: Of each step.
+        eval_losses: On what was never trained on, the first one before any step; it informs.
+    """
     tenth = max(1, len(losses) // 10)
     first, last = fmean(losses[:tenth]), fmean(losses[-tenth:])
     details = {"first_tenth": first, "last_tenth": last, "steps": len(losses)}
+    unseen = ""
+    if len(eval_losses) > 1:
+        details |= {"eval_first": eval_losses[0], "eval_last": eval_losses[-1]}
+        unseen = (
+            f" On what it was not trained on it went from {eval_losses[0]:.3f} to "
+            f"{eval_losses[-1]:.3f}."
+        )
     if len(losses) < MIN_STEPS:
-        summary = f"{len(losses)} steps are too few to tell whether the loss falls."
+        summary = f"{len(losses)} steps are too few to tell whether the loss falls.{unseen}"
         return Proof(name="loss", passed=None, summary=summary, details=details)
-    summary = f"The loss went from {first:.3f} to {last:.3f} (means of the first and last tenth)."
+    summary = (
+        f"The loss went from {first:.3f} to {last:.3f} (means of the first and last tenth).{unseen}"
+    )
     return Proof(name="loss", passed=last < first, summary=summary, details=details)
 
 
@@ -201,13 +284,13 @@ def _tensors(values: dict[str, Any]) -> Iterable[torch.Tensor]:
 
 
 def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    # From the labels themselves, not from the spans that they were made of.
-    flags = [label != IGNORED for label in example.labels]
+    # From the mask itself, not from the spans that it was made of.
     segments = []
-    for is_supervised, run in groupby(range(len(flags)), key=lambda index: flags[index]):
-        text = tokenizer.decode([example.tokens[index] for index in run])
+    tokens, mask = example.tokens.tolist(), example.mask.tolist()
+    for is_supervised, run in groupby(range(len(mask)), key=lambda index: mask[index]):
+        text = tokenizer.decode([tokens[index] for index in run])
         segments.append({"text": text, "supervised": is_supervised})
-    return {"line": example.line, "segments": segments}
+    return {"line": example.line + 1, "segments": segments}
 
 
 @torch.no_grad()

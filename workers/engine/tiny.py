@@ -1,4 +1,4 @@
-"""Build the tiny models: real architectures and tokenizers, random weights, no download.
+"""Build the tiny models: real architectures, random weights, no download.
 
 They let the whole studio work without a GPU and without a network: train, merge, chat.
 What they know is nothing; they can only learn what they are trained on.
@@ -6,55 +6,21 @@ The same template gives the same bytes each time, so that adapters trained on on
 the base that another one builds. Not covered: any likeness to the published weights.
 """
 
-import fcntl
-import json
 import math
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from tokenizers.processors import ByteLevel as ByteLevelProcessor
-from tokenizers.trainers import BpeTrainer
+from tokenizers import Tokenizer
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from studio.disk import TEMPLATES
-from studio.domain.chat_template import render
-from studio.domain.conversation import from_openai
 from studio.domain.preset import KnownModel
 from studio.errors import InputError, disk_errors
+from studio.tokens.tiny import END_OF_TEXT, TURN_END, check_is_tiny, write_tokenizer
+from studio.whole import locked, whole_folder
 
 SEED = 20260901
 _DT_RANGE = (0.0005, 0.01)
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-_SPECIAL = (END_OF_TEXT, TURN_START, TURN_END)
-# Qwen adds these as ordinary tokens, so that decoding without special tokens keeps them:
-# added_tokens_decoder in tokenizer_config.json of https://huggingface.co/Qwen/Qwen3.5-9B
-_MARKS = (
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-)
-# Pre-tokenizer of Qwen2 and later: tokenizer.json of https://huggingface.co/Qwen/Qwen2.5-7B
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_EXAMPLES = TEMPLATES / "data" / "tidemark-support.jsonl"
 
 
 def ensure_tiny(known: KnownModel, folder: Path) -> Path:
@@ -72,95 +38,32 @@ def ensure_tiny(known: KnownModel, folder: Path) -> Path:
         InputError: The template is not one of a model that the studio builds.
         MachineError: The disk is full or read-only.
     """
-    if known.chat_template is None or known.vocab_size is None:
-        raise InputError(
-            f"{known.id} has no chat_template or no vocab_size, so it cannot be built here.",
-            "Choose a model whose id starts with tiny/.",
-            field="model.id",
-        )
-    with disk_errors(f"building {known.id}"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder.parent / f".{folder.name}.lock"):
-            if not (folder / "config.json").exists():
-                _build_beside(known, folder)
+    check_is_tiny(known)
+    with (
+        disk_errors(f"building {known.id}"),
+        locked(folder.parent / f".{folder.name}.lock"),
+    ):
+        if not (folder / "config.json").exists():
+            with whole_folder(folder) as inner:
+                tokenizer = write_tokenizer(known, inner)
+                _save_weights(_model_config(known, tokenizer), inner)
     return folder
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _build_beside(known: KnownModel, folder: Path) -> None:
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        tokenizer = _build_tokenizer(known)
-        tokenizer.save_pretrained(temporary)
-        _save_weights(_model_config(known, tokenizer), temporary)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _build_tokenizer(known: KnownModel) -> PreTrainedTokenizerFast:
-    assert known.vocab_size is not None
-    assert known.chat_template is not None
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
-    template = (TEMPLATES / "chat" / known.chat_template).read_text(encoding="utf-8")
-    trainer = BpeTrainer(
-        vocab_size=known.vocab_size - len(_SPECIAL) - len(_MARKS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_texts(template), trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in _SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in _MARKS])
-    wrapped = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer,
-        eos_token=TURN_END,
-        pad_token=END_OF_TEXT,
-        model_max_length=int(known.config["max_position_embeddings"]),
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = template
-    return wrapped
-
-
-def _texts(template: str) -> Iterator[str]:
-    """Yield the example data as the model will read it, cut at the tokens that are never split."""
-    marks = re.compile("|".join(re.escape(token) for token in (*_SPECIAL, *_MARKS)))
-    for line in _EXAMPLES.read_text(encoding="utf-8").splitlines():
-        conversation = from_openai(json.loads(line))
-        text = render(template, conversation.template_messages(), tools=conversation.tools)
-        yield from marks.split(text)
-
-
-def _model_config(known: KnownModel, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    values = dict(known.config)
-    size = values.pop("vocab_size", -(-len(tokenizer) // 64) * 64)
-    if size < len(tokenizer):
+def _model_config(known: KnownModel, tokenizer: Tokenizer) -> PreTrainedConfig:
+    values, num_tokens = dict(known.config), tokenizer.get_vocab_size()
+    size = values.pop("vocab_size", -(-num_tokens // 64) * 64)
+    if size < num_tokens:
         raise InputError(
-            f"{known.id} has {len(tokenizer)} tokens, but its config.vocab_size is {size}.",
+            f"{known.id} has {num_tokens} tokens, but its config.vocab_size is {size}.",
             "Make config.vocab_size at least vocab_size.",
         )
-    ends = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     return AutoConfig.for_model(
         values.pop("model_type"),
         **values,
         vocab_size=size,
-        eos_token_id=ends[0],
-        pad_token_id=ends[1],
+        eos_token_id=tokenizer.token_to_id(TURN_END),
+        pad_token_id=tokenizer.token_to_id(END_OF_TEXT),
     )
 
 

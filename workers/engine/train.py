@@ -1,6 +1,6 @@
 """One training run, top to bottom: build, loop, step, stop.
 
-Reads spec.json and dataset.jsonl of a run folder, writes all its other files.
+Reads spec.json and the Datasets of a run folder, writes all its other files.
 Not covered: more than one card, packing, resuming (load_checkpoint is there, no field asks for it).
 """
 
@@ -9,7 +9,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -24,10 +24,12 @@ from studio.domain import metrics
 from studio.domain.proof import Proof
 from studio.domain.spec import JobSpec, parse_spec
 from studio.errors import EngineError, InputError
-from workers.engine.batches import Example, count_steps, micro_batches, read_examples, step_order
+from studio.tokens.order import count_steps, epoch_ends, step_order
+from workers.engine.batches import count_supervised, micro_batches
 from workers.engine.checkpoint import save_adapter, save_checkpoint
-from workers.engine.loss import supervised_loss
-from workers.engine.model import add_adapter, base_of, find_base, load_base, load_tokenizer
+from workers.engine.data import Examples, read_data
+from workers.engine.evaluate import batch_loss, evaluation_loss
+from workers.engine.model import add_adapter, find_base, load_base, load_tokenizer
 from workers.engine.optim import build_optimizer, learning_rate_at, set_learning_rate
 from workers.engine.proofs import (
     prove_coverage,
@@ -46,7 +48,9 @@ class Training:
     """All that the acts share.
 
     Attributes:
+        evaluation: What is measured and never trained on; None when nothing is.
         losses: Loss of each step so far: also how many steps are done.
+        eval_losses: Loss on `evaluation`, before the first step and after each epoch.
     """
 
     folder: RunFolder
@@ -54,12 +58,14 @@ class Training:
     report: Reporter
     accelerator: Accelerator
     tokenizer: PreTrainedTokenizerBase
-    examples: list[Example]
+    examples: Examples
+    evaluation: Examples | None
     model: PeftModel
     optimizer: torch.optim.Optimizer
     total_steps: int
     proofs: list[Proof]
     losses: list[float] = field(default_factory=list)
+    eval_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -94,12 +100,10 @@ def build(folder: RunFolder) -> Training:
     accelerator = _accelerator(spec.train.num_gpus)
     report.stage("finding the base model", spec.model.id)
     base_folder = find_base(spec.model, folder.home)
-    report.stage("reading the dataset")
     tokenizer = load_tokenizer(base_folder)
-    examples = read_examples(
-        folder.dataset, tokenizer, max_length_tokens=spec.data.max_length_tokens
-    )
-    proofs = [prove_mask(examples, tokenizer)]
+    data = read_data(folder, spec, base_folder, report.stage)
+    report.stage("proving the mask")
+    proofs = [prove_mask(data.training, tokenizer, spec.data.reading)]
     report.proofs(proofs)
     report.stage("loading the base model", spec.model.id)
     base = load_base(base_folder, method=spec.method, device=accelerator.device)
@@ -118,15 +122,17 @@ def build(folder: RunFolder) -> Training:
     # The model is not prepared: at world size 1 accelerate would only wrap it for gradient
     # exchange with nobody.
     optimizer = accelerator.prepare(build_optimizer(model.parameters(), spec.optim))
-    total_steps = count_steps(len(examples), spec.batch, spec.train)
-    log.info("%d examples, %d steps on %s", len(examples), total_steps, accelerator.device)
+    per_epoch = data.training.per_epoch
+    total_steps = count_steps(per_epoch, spec.batch, spec.train)
+    log.info("%d examples an epoch, %d steps on %s", per_epoch, total_steps, accelerator.device)
     return Training(
         folder=folder,
         spec=spec,
         report=report,
         accelerator=accelerator,
         tokenizer=tokenizer,
-        examples=examples,
+        examples=data.training,
+        evaluation=data.evaluation,
         model=model.train(),
         optimizer=optimizer,
         total_steps=total_steps,
@@ -137,16 +143,41 @@ def build(folder: RunFolder) -> Training:
 def loop(training: Training, wish: StopWish) -> None:
     """Take steps until the last one, or until somebody asks to stop."""
     spec = training.spec
+    examples = training.examples
+    ends = epoch_ends(examples.per_epoch, spec.batch, spec.train)
+    evaluate(training)
     training.report.stage("training", f"{training.total_steps} steps")
-    lengths = [len(example.tokens) for example in training.examples]
-    for indices in step_order(lengths, spec.batch, spec.train):
-        step(training, [training.examples[index] for index in indices])
+    for indices in step_order(examples.lengths, spec.batch, spec.train, parts=examples.parts):
+        step(training, indices)
         if wish.is_there:
             return
+        if len(training.losses) in ends:
+            evaluate(training)
 
 
-def step(training: Training, examples: list[Example]) -> None:
-    """Take one optimizer step on `examples` and report it.
+def evaluate(training: Training) -> None:
+    """Measure the loss on what is never trained on, and report it at the present step."""
+    if training.evaluation is None:
+        return
+    training.report.stage("evaluating", f"{len(training.evaluation)} examples")
+    loss = evaluation_loss(
+        training.model,
+        training.evaluation,
+        micro_batch_size=training.spec.batch.micro_batch_size,
+        pad_token_id=_pad_token_id(training),
+    )
+    training.eval_losses.append(loss)
+    step = len(training.losses)
+    training.report.step(step, training.total_steps, {metrics.EVAL_LOSS: loss})
+    training.report.stage("training", f"{training.total_steps} steps")
+
+
+def step(training: Training, indices: Sequence[int]) -> None:
+    """Take one optimizer step on some examples and report it.
+
+    Args:
+        training: What is trained.
+        indices: Places of the examples in `training.examples`.
 
     Raises:
         EngineError: Loss or gradient is not finite; the weights are left as they were.
@@ -154,25 +185,16 @@ def step(training: Training, examples: list[Example]) -> None:
     start = time.perf_counter()
     spec, number = training.spec, len(training.losses) + 1
     model, accelerator, optimizer = training.model, training.accelerator, training.optimizer
-    num_supervised = sum(example.num_supervised for example in examples)
-    base = base_of(model)
-    decoder = base.get_decoder()  # type: ignore[no-untyped-call]
-    head = base.get_output_embeddings()  # type: ignore[no-untyped-call]
+    examples = [training.examples[index] for index in indices]
+    num_supervised = count_supervised(examples)
     loss = torch.zeros((), device=accelerator.device)
-    pad = int(training.tokenizer.pad_token_id or 0)
-    for batch in micro_batches(examples, spec.batch.micro_batch_size, pad):
-        batch = batch.to(accelerator.device)
-        output = decoder(batch.tokens, attention_mask=batch.mask, use_cache=False)
-        share = supervised_loss(
-            output.last_hidden_state,
-            batch.labels,
-            head,
-            num_supervised=max(1, num_supervised),
-        )
+    size, pad = spec.batch.micro_batch_size, _pad_token_id(training)
+    for batch in micro_batches(examples, size, pad):
+        share = batch_loss(model, batch.to(accelerator.device), num_supervised)
         accelerator.backward(share)
         loss += share.detach()
     norm = accelerator.clip_grad_norm_(model.parameters(), spec.optim.max_grad_norm)
-    _refuse_not_finite(number, float(loss), float(norm), examples)
+    _refuse_not_finite(training, float(loss), float(norm), indices)
     rate = learning_rate_at(spec.optim, number, training.total_steps)
     set_learning_rate(optimizer, rate)
     optimizer.step()
@@ -198,7 +220,10 @@ def stop(training: Training) -> None:
         training.folder, training.model, training.optimizer, step=done, base_id=spec.model.id
     )
     save_adapter(training.model, spec.model.id, training.folder.adapter)
-    training.proofs += [prove_learned(training.model, spec.lora), prove_loss(training.losses)]
+    training.proofs += [
+        prove_learned(training.model, spec.lora),
+        prove_loss(training.losses, training.eval_losses),
+    ]
     training.report.proofs(training.proofs)
     is_finished = done == training.total_steps
     training.report.result(
@@ -245,14 +270,21 @@ def _refuse_failed(proofs: list[Proof]) -> None:
             raise EngineError(proof.summary, f"See the Proof {proof.name!r} of the run.")
 
 
-def _refuse_not_finite(step: int, loss: float, norm: float, examples: list[Example]) -> None:
+def _pad_token_id(training: Training) -> int:
+    return int(training.tokenizer.pad_token_id or 0)
+
+
+def _refuse_not_finite(
+    training: Training, loss: float, norm: float, indices: Sequence[int]
+) -> None:
     if math.isfinite(loss) and math.isfinite(norm):
         return
     what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-    lines = ", ".join(str(line) for line in sorted({example.line for example in examples}))
+    places = sorted({training.examples.place_of(index) for index in indices})
+    lines = ", ".join(training.examples.name_of(place) for place in places)
     raise EngineError(
-        f"The {what} at step {step}; the weights were left as they were before it. "
-        f"The step held these lines of the dataset: {lines}.",
+        f"The {what} at step {len(training.losses) + 1}; the weights were left as they were "
+        f"before it. The step held these lines of the dataset: {lines}.",
         "Lower the learning rate; if it happens at step 1, look at those lines.",
         "optim.learning_rate",
     )

@@ -1,6 +1,8 @@
 """Real tiny models and real run folders, built once a session."""
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ import pytest
 import transformers
 
 from studio.disk import TEMPLATES, Home, RunFolder
-from studio.domain.conversation import Conversation
+from studio.domain.conversation import Conversation, Record
+from studio.domain.openai_messages import from_openai
 from studio.domain.spec import JobSpec, ModelRef, parse_spec
 from studio.domain.targets import TargetGroup
-from studio.domain.validation import Reader
+from workers.engine.data import Examples, read_data
 from workers.engine.model import find_base
 
 transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -46,17 +49,41 @@ def bases(home: Home) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def conversations() -> list[Conversation]:
     """The whole example data set."""
-    with (TEMPLATES / "data" / "tidemark-support.jsonl").open("rb") as stream:
-        return list(Reader().read(stream))
+    text = (TEMPLATES / "data" / "tidemark-support.jsonl").read_text(encoding="utf-8")
+    return [from_openai(json.loads(line)) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="session")
 def dataset(home: Home, conversations: list[Conversation]) -> Path:
     """Canonical JSONL of a few short conversations."""
     short = (c for c in conversations if not c.tools)
-    path = home.dataset("0" * 64)
-    path.write_text("".join(c.to_json() + "\n" for c in islice(short, 24)), encoding="utf-8")
+    return store(home, list(islice(short, 24)))
+
+
+def store(home: Home, records: Sequence[Record]) -> Path:
+    """Write records as a Dataset of a home folder; return its file, which its hash names."""
+    content = b"".join(record.to_line() for record in records)
+    path = home.dataset(hashlib.sha256(content).hexdigest())
+    path.write_bytes(content)
     return path
+
+
+MakeExamples = Callable[..., Examples]
+
+
+@pytest.fixture
+def make_examples(home: Home, bases: Mapping[str, Path]) -> MakeExamples:
+    """Read conversations as a base does: `make_examples(records, "qwen3-next", thinking=...)`."""
+
+    def make(records: Sequence[Record], family: str = "qwen3.5", **data: Any) -> Examples:
+        path = store(home, records)
+        run = home.run(len(list(home.runs.iterdir())) + 1)
+        run.path.mkdir()
+        run.dataset.symlink_to(path)
+        spec = small_spec(data={"dataset": path.stem, **data})
+        return read_data(run, spec, bases[family], lambda _: None).training
+
+    return make
 
 
 @pytest.fixture

@@ -9,11 +9,14 @@ from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 
+from studio.domain.conversation import Conversation
 from studio.domain.spec import LoraSpec
 from studio.domain.targets import TargetGroup
-from workers.engine.batches import IGNORED, Example, micro_batches, read_examples
+from studio.tokens.examples import Example
+from tests.workers.engine.conftest import MakeExamples
+from workers.engine.batches import IGNORED, count_supervised, micro_batches
 from workers.engine.loss import CHUNK_TOKENS, supervised_loss
-from workers.engine.model import add_adapter, base_of, load_base, load_tokenizer
+from workers.engine.model import add_adapter, base_of, load_base
 
 
 def reference(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> torch.Tensor:
@@ -47,10 +50,12 @@ def test_nothing_supervised_is_zero() -> None:
 
 @pytest.mark.parametrize("family", ["qwen3.5", "qwen3.5-moe", "qwen3-next"])
 def test_every_split_into_micro_batches_gives_the_same_loss_and_gradient(
-    family: str, bases: dict[str, Path], dataset: Path
+    family: str,
+    bases: dict[str, Path],
+    conversations: list[Conversation],
+    make_examples: MakeExamples,
 ) -> None:
-    tokenizer = load_tokenizer(bases[family])
-    examples = read_examples(dataset, tokenizer, max_length_tokens=2000)[:4]
+    examples = list(make_examples(conversations[:4], family))[:4]
     torch.manual_seed(0)
     lora = LoraSpec(rank=4, targets=(TargetGroup.ATTENTION, TargetGroup.DELTA_NET))
     model = add_adapter(load_base(bases[family], method="qlora"), lora)
@@ -65,7 +70,7 @@ def loss_and_gradient(
     model: PeftModel, examples: list[Example], size: int
 ) -> tuple[float, torch.Tensor]:
     base: Any = base_of(model)
-    count = sum(example.num_supervised for example in examples)
+    count = count_supervised(examples)
     model.zero_grad()
     total = 0.0
     for batch in micro_batches(examples, size, 0):

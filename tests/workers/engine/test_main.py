@@ -51,8 +51,7 @@ def test_sigterm_in_the_loop_saves_and_ends_well(make_run: MakeRun) -> None:
 def test_failures_are_words_and_an_exit_code(make_run: MakeRun) -> None:
     wrong, faulty = make_run(), make_run()
     wrong.spec.write_text('{"lora": {"rank": 0}}')
-    faulty.dataset.unlink()
-    faulty.dataset.write_text("no conversation\n")
+    faulty.proofs.mkdir()
     processes = [start(run) for run in (wrong, faulty)]
     assert [process.wait(timeout=120) for process in processes] == [64, 1]
     error = json.loads(wrong.error.read_text())
@@ -60,7 +59,7 @@ def test_failures_are_words_and_an_exit_code(make_run: MakeRun) -> None:
     assert error["message"].startswith("lora.rank is 0")
     assert error["hint"] == "Correct the fields named here."
     error = json.loads(faulty.error.read_text())
-    assert error["type"] == "ValidationError"
+    assert error["type"] == "IsADirectoryError"
     assert error["hint"] == "This is a fault of the studio; see log.txt."
     assert "Traceback" in faulty.log.read_text()
     assert not wrong.result.exists()

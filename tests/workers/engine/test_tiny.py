@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from studio.disk import TEMPLATES
+from studio.disk import TEMPLATES, Home
 from studio.domain.preset import KnownModel, load_models
 from studio.errors import InputError
+from studio.tokens.tiny import ensure_tiny_tokenizer
+from studio.tokens.tokenizer import load, tokenizer_sha256
 from tests.workers.engine.conftest import FAMILIES
 from workers.engine.model import load_tokenizer
 from workers.engine.tiny import ensure_tiny
@@ -45,6 +48,33 @@ def test_an_existing_folder_is_left_alone(bases: dict[str, Path]) -> None:
     before = (bases["qwen3.5"] / "config.json").stat().st_mtime_ns
     ensure_tiny(known("qwen3.5"), bases["qwen3.5"])
     assert (bases["qwen3.5"] / "config.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokenizer_of_the_page_is_that_of_the_model(
+    family: str, bases: dict[str, Path], home: Home
+) -> None:
+    folder = ensure_tiny_tokenizer(known(family), home.tiny_tokenizer(known(family).id))
+    assert contents(folder).items() <= contents(bases[family]).items()
+    assert tokenizer_sha256(folder) == tokenizer_sha256(bases[family])
+    assert load(folder, home.verdicts).sha256 == tokenizer_sha256(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokenizer_is_written_as_transformers_writes_it(
+    family: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    written = Tokenizer.from_file(str(bases[family] / "tokenizer.json"))
+    again = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=written,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+    again.chat_template = load_tokenizer(bases[family]).chat_template
+    again.save_pretrained(tmp_path)
+    assert contents(tmp_path).items() <= contents(bases[family]).items()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from studio.disk import RunFolder
+from studio.disk import Home, RunFolder
+from studio.domain.conversation import Conversation
 from studio.domain.metrics import StepRecord
 from studio.domain.proof import Proof, Proofs
 from studio.errors import EngineError, InputError
-from tests.workers.engine.conftest import MakeRun
+from tests.workers.engine.conftest import MakeRun, store
 from workers.engine.checkpoint import load_checkpoint, save_checkpoint
+from workers.engine.evaluate import evaluation_loss
 from workers.engine.model import load_adapter, load_base
 from workers.engine.train import Training, build, step, stop, train
 
@@ -25,7 +27,7 @@ def records(run: RunFolder) -> list[StepRecord]:
 
 
 def losses(run: RunFolder) -> list[float]:
-    return [record.values["loss"] for record in records(run)]
+    return [record.values["loss"] for record in records(run) if "loss" in record.values]
 
 
 def proofs(run: RunFolder) -> dict[str, Proof]:
@@ -79,6 +81,43 @@ def test_the_adapter_of_a_run_loads_on_nf4_and_on_sixteen_bits(
         load_adapter(load_base(bases["qwen3-next"], method=method), run.adapter)
 
 
+def test_what_is_kept_out_is_measured_before_training_and_after_each_epoch(
+    make_run: MakeRun,
+) -> None:
+    changes: dict[str, Any] = {"train": {"epochs": 2, "max_steps": None}}
+    run = make_run(data={"eval_share": 0.25}, lora={"dropout": 0.1}, **changes)
+    train(run)
+    found = [(r.step, r.values["eval_loss"]) for r in records(run) if "eval_loss" in r.values]
+    total = json.loads(run.result.read_text())["total_steps"]
+    assert [step for step, _ in found] == [0, (total + 1) // 2, total]
+    assert found[-1][1] < found[0][1]
+    assert all(set(r.values) == {"eval_loss"} for r in records(run) if r.step == 0)
+    details = proofs(run)["loss"].details
+    assert (details["eval_first"], details["eval_last"]) == (found[0][1], found[-1][1])
+
+
+def test_measuring_changes_no_loss(make_run: MakeRun, dataset: Path) -> None:
+    plain, measured = (
+        make_run(data={"dataset": dataset.stem, **data}, lora={"dropout": 0.2})
+        for data in ({}, {"eval_dataset": dataset.stem})
+    )
+    train(plain)
+    train(measured)
+    assert losses(plain) == losses(measured)
+
+
+def test_evaluation_loss_is_the_mean_over_supervised_tokens(make_run: MakeRun) -> None:
+    training = build(make_run(train={"max_steps": 1}))
+    found = [
+        evaluation_loss(training.model, training.examples, micro_batch_size=size, pad_token_id=0)
+        for size in (1, 5, 24)
+    ]
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
+    assert training.model.training
+    step(training, range(len(training.examples)))
+    assert training.losses[0] == pytest.approx(found[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("method", ["qlora", "lora"])
 def test_the_same_seed_gives_bit_identical_losses(make_run: MakeRun, method: str) -> None:
     first, second, other = (
@@ -116,20 +155,20 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
     changes: dict[str, Any] = {"optim": {"optimizer": optimizer}, "lora": {"dropout": 0.2}}
     whole, again = build(make_run(**changes)), build(make_run(**changes))
     torch.manual_seed(3)
-    examples = [whole.examples[start : start + 4] for start in (0, 4, 8)]
-    for part in examples[:2]:
+    parts = [range(start, start + 4) for start in (0, 4, 8)]
+    for part in parts[:2]:
         step(whole, part)
     saved = save_checkpoint(whole.folder, whole.model, whole.optimizer, step=2, base_id="tiny/x")
-    step(whole, examples[2])
+    step(whole, parts[2])
     again.losses = whole.losses[:2]
     assert load_checkpoint(saved, again.model, again.optimizer) == 2
-    step(again, examples[2])
+    step(again, parts[2])
     assert again.losses == whole.losses
 
 
 def test_a_broken_checkpoint_is_told(make_run: MakeRun) -> None:
     training = build(make_run())
-    step(training, training.examples[:4])
+    step(training, range(4))
     saved = save_checkpoint(
         training.folder, training.model, training.optimizer, step=1, base_id="tiny/x"
     )
@@ -145,6 +184,18 @@ def test_a_second_attempt_starts_from_a_clean_folder(make_run: MakeRun) -> None:
     train(run)
     assert len(records(run)) == 2
     assert not run.error.exists()
+
+
+def test_one_conversation_fills_every_step(
+    make_run: MakeRun, home: Home, conversations: list[Conversation]
+) -> None:
+    run = make_run(batch={"gradient_accumulation_steps": 2}, train={"epochs": 20})
+    run.dataset.unlink()
+    run.dataset.symlink_to(store(home, conversations[:1]))
+    train(run)
+    assert len(losses(run)) == 3
+    tokens = {record.values["supervised_tokens"] for record in records(run)}
+    assert len(tokens) == 1
 
 
 # ---- what stops a run -------------------------------------------------------------------------
@@ -168,8 +219,9 @@ def test_a_loss_that_is_no_number_stops_before_the_weights_change(
     base = broken_base(bases["qwen3.5"], tmp_path / "nan", "lm_head.weight")
     training = build(make_run(model={"id": str(base)}))
     before = weights(training)
-    chosen = [training.examples[index] for index in (7, 2, 5)]
-    lines = ", ".join(str(line) for line in sorted(example.line for example in chosen))
+    chosen = (7, 2, 5)
+    numbers = sorted(training.examples[index].line + 1 for index in chosen)
+    lines = ", ".join(str(number) for number in numbers)
     with pytest.raises(EngineError) as caught:
         step(training, chosen)
     assert "The loss is nan at step 1" in caught.value.message
@@ -183,7 +235,7 @@ def test_a_gradient_that_is_no_number_stops_too(make_run: MakeRun) -> None:
     trainable: Any = next(p for p in training.model.parameters() if p.requires_grad)
     trainable.register_hook(lambda gradient: gradient * torch.inf)
     with pytest.raises(EngineError, match="gradient norm is"):
-        step(training, training.examples[:2])
+        step(training, range(2))
 
 
 def test_more_gpus_than_there_are_is_a_sentence(make_run: MakeRun) -> None:
@@ -211,7 +263,7 @@ def test_a_broken_spec_is_the_users_fault(make_run: MakeRun) -> None:
 
 def test_a_stopped_run_says_so(make_run: MakeRun) -> None:
     training = build(make_run())
-    step(training, training.examples[:4])
+    step(training, range(4))
     stop(training)
     result = json.loads(training.folder.result.read_text())
     assert (result["state"], result["step"], result["total_steps"]) == ("STOPPED", 1, 3)
