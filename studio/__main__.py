@@ -12,18 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from studio import terminal
+from studio.dataset_commands import dataset_app
 from studio.demo import run_demo
 from studio.doctor import examine
 from studio.domain.spec import JobSpec
-from studio.domain.validation import check_file
 from studio.errors import InputError, MachineError, StudioError
+from studio.options import OUR_ERROR, USER_ERROR, HomeOption, JsonOption, settings_of, studio_of
 from studio.serve import check_port, serve_page
-from studio.services import artifacts, chats, datasets, runs, workers
+from studio.services import artifacts, chats, runs, workers
 from studio.services.studio import Studio, open_studio
-from studio.settings import Settings
 from studio.terminal import err, out, say_json
-
-USER_ERROR, OUR_ERROR = 2, 1
 
 app = typer.Typer(
     name="studio",
@@ -32,25 +30,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-dataset_app = typer.Typer(help="Check and add datasets.", no_args_is_help=True)
 app.add_typer(dataset_app, name="dataset")
 
-HomeOption = Annotated[
-    Path | None,
-    typer.Option("--home", help="Folder of everything that the studio keeps.", show_default=False),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until it is over.")]
 RunArgument = Annotated[int, typer.Argument(help="Number of the run.", min=1)]
-
-
-def _settings(home: Path | None, **changes: Any) -> Settings:
-    values = {name: value for name, value in {"home": home, **changes}.items() if value is not None}
-    return Settings(**values)
-
-
-def _studio(home: Path | None) -> Studio:
-    return open_studio(_settings(home))
 
 
 @app.command()
@@ -60,13 +43,13 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port to listen on.", min=1, max=65535)] = None,
 ) -> None:
     """Start the page and one worker process."""
-    serve_page(_settings(home, host=host, port=port))
+    serve_page(settings_of(home, host=host, port=port))
 
 
 @app.command()
 def worker(home: HomeOption = None) -> None:
     """Start a worker by itself, in the foreground."""
-    studio = _studio(home)
+    studio = studio_of(home)
     if workers.is_alive(studio.home):
         raise MachineError(
             f"A worker serves {studio.home.path} already.",
@@ -83,7 +66,7 @@ def demo(
     port: Annotated[int | None, typer.Option(help="Port of the page.", min=1, max=65535)] = None,
 ) -> None:
     """Run the main job on the example data, then leave the studio open."""
-    settings = _settings(home, port=port)
+    settings = settings_of(home, port=port)
     if not stop_after:
         check_port(settings.host, settings.port)
     passed = run_demo(open_studio(settings))
@@ -96,7 +79,7 @@ def demo(
 @app.command()
 def doctor(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Say what this machine has, and what is missing."""
-    findings = examine(_studio(home))
+    findings = examine(studio_of(home))
     if as_json:
         say_json([finding.model_dump() for finding in findings])
     else:
@@ -107,69 +90,10 @@ def doctor(home: HomeOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(USER_ERROR)
 
 
-@dataset_app.command("check")
-def dataset_check(
-    file: Annotated[Path, typer.Argument(help="JSON lines file.")],
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check a file without storing it."""
-    del home  # a check needs no home folder; the option stands on every command
-    report = check_file(file)
-    if as_json:
-        say_json(report.model_dump(mode="json"))
-    elif report.is_accepted:
-        out.print(
-            f"{file}: {report.format}, {report.num_conversations} conversations, "
-            f"{report.num_messages} messages, {report.num_warnings} warnings",
-            markup=False,
-        )
-    for issue in () if as_json and report.is_accepted else report.issues:
-        err.print(f"{issue.severity}: {issue}", markup=False)
-    if not report.is_accepted:
-        raise typer.Exit(USER_ERROR)
-
-
-@dataset_app.command("add")
-def dataset_add(
-    file: Annotated[Path, typer.Argument(help="JSON lines file.")],
-    name: Annotated[str, typer.Option(help="Name; the file's when empty.")] = "",
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Check a file and store it as a dataset."""
-    studio = _studio(home)
-    row, report = datasets.import_file(studio, file, name)
-    if row is None:
-        for issue in report.issues:
-            err.print(f"{issue.severity}: {issue}", markup=False)
-        raise InputError(
-            f"{file} has {report.num_errors} errors; nothing was stored.",
-            "Correct the lines named above.",
-        )
-    if as_json:
-        say_json(terminal.dataset_values(row))
-    else:
-        out.print(f"dataset {row.id}: {row.name}, {row.num_conversations} conversations")
-
-
-@dataset_app.command("list")
-def dataset_list(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """List all datasets."""
-    rows = datasets.listing(_studio(home))
-    if as_json:
-        say_json([terminal.dataset_values(row) for row in rows])
-    else:
-        terminal.show_table(
-            ("id", "name", "conversations", "sha256"),
-            [(row.id, row.name, row.num_conversations, row.sha256[:12]) for row in rows],
-        )
-
-
 @app.command()
 def presets(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """List all presets."""
-    found = _studio(home).presets
+    found = studio_of(home).presets
     if as_json:
         say_json([preset.model_dump(mode="json") for preset in found.values()])
         return
@@ -187,7 +111,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Launch a training run from a spec; `preset: NAME` alone fills in the rest."""
-    studio = _studio(home)
+    studio = studio_of(home)
     row = runs.submit(studio, _read_spec(studio, spec_file))
     with workers.need_worker(studio):
         if wait:
@@ -220,7 +144,7 @@ def _exit_if_failed(row: Any) -> None:
 @app.command("runs")
 def list_runs(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """List the newest runs."""
-    studio = _studio(home)
+    studio = studio_of(home)
     rows = runs.listing(studio)
     if as_json:
         say_json([terminal.run_values(studio, row) for row in rows])
@@ -234,7 +158,7 @@ def list_runs(home: HomeOption = None, as_json: JsonOption = False) -> None:
 @app.command()
 def show(run_id: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Show one run with its proofs."""
-    studio = _studio(home)
+    studio = studio_of(home)
     row = runs.get(studio, run_id)
     values = terminal.run_values(studio, row)
     proofs = runs.proofs(studio, run_id).proofs
@@ -253,7 +177,7 @@ def show(run_id: RunArgument, home: HomeOption = None, as_json: JsonOption = Fal
 @app.command()
 def stop(run_id: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Stop a run; it saves its adapter at the next step boundary."""
-    studio = _studio(home)
+    studio = studio_of(home)
     row = runs.stop(studio, run_id)
     if as_json:
         say_json(terminal.run_values(studio, row))
@@ -269,7 +193,7 @@ def merge(
     as_json: JsonOption = False,
 ) -> None:
     """Merge a run's adapter into its base, and certify the result."""
-    studio = _studio(home)
+    studio = studio_of(home)
     row = artifacts.merge(studio, run_id)
     with workers.need_worker(studio):
         if wait:
@@ -297,7 +221,7 @@ def chat(
     """Ask the tuned model of a run, or its base, one question."""
     if not message.strip():
         raise InputError("The message is empty.", "Write a question after -m.")
-    studio = _studio(home)
+    studio = studio_of(home)
     row = chats.open_chat(studio, run_id)
     side: chats.Side = "base" if base else "tuned"
     messages = [{"role": "user", "content": message}]

@@ -9,12 +9,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from studio.domain.metrics import LOSS
 from studio.domain.run import RunState
+from studio.domain.validation import Report
 from studio.services import artifacts, runs
 from studio.services.studio import Studio
 from studio.store.rows import ArtifactRow, DatasetRow, JobRow, RunRow
+from studio.tokens.sandbox import Inspection
+from studio.tokens.statistics import Statistics
 
 LOOK_SECONDS = 0.3
 
@@ -33,9 +37,62 @@ def dataset_values(row: DatasetRow) -> dict[str, Any]:
         "id": row.id,
         "name": row.name,
         "sha256": row.sha256,
+        "kind": row.kind,
         "num_conversations": row.num_conversations,
         "size_bytes": row.size_bytes,
+        "parent": row.parent_id,
+        "source": row.source,
     }
+
+
+def report_line(found: Report) -> str:
+    """Return what was recognised in a file, on one line."""
+    words = (
+        f"{found.format}, {found.num_conversations} {found.kind}, "
+        f"{found.num_messages} messages, {found.num_warnings} warnings"
+    )
+    return f"{words}, {found.num_rejected} rejected" if found.num_rejected else words
+
+
+def show_tokens(found: Inspection) -> None:
+    """Print a record as a model reads it: what is learned bright, what is cut struck through."""
+    for number, example in enumerate(found.examples, start=1):
+        out.print(
+            f"example {number} of {len(found.examples)}: {example.tokens} tokens, "
+            f"{example.supervised} learned, {example.lost_tokens} cut",
+            style="bold",
+        )
+        text = Text()
+        for piece in example.pieces:
+            style = "green" if piece.supervised else "dim"
+            text.append("".join(piece.texts), style if piece.kept else f"{style} strike")
+        out.print(text)
+
+
+def show_statistics(found: Statistics) -> None:
+    """Print a Dataset in a model's own tokens."""
+    lengths, cut, epoch = found.lengths, found.cut, found.epoch
+    fields = {
+        "conversations": found.conversations,
+        "examples": found.examples,
+        "tokens": found.tokens,
+        "trained on": f"{found.supervised} ({found.share_supervised:.1%})",
+        "lengths": f"{lengths.shortest} to {lengths.longest}, median {lengths.median}",
+        "with thinking": found.thinking.conversations,
+        "thinking left out": found.thinking.left_out,
+        "tools": ", ".join(f"{name} {count}" for name, count in found.tools.items()) or "none",
+        "cutoff": f"{cut.max_length_tokens} tokens, {cut.policy}",
+        "longer than that": f"{cut.conversations} conversations",
+        "tokens lost": cut.lost_tokens,
+        "nothing left": cut.num_nothing_left,
+        "packed": f"{found.packing.efficiency:.1%} of {found.packing.bins} rows of "
+        f"{found.packing.length_tokens}",
+        "an epoch": f"{epoch.tokens} tokens, {epoch.steps} steps",
+        "refused": found.num_refused,
+    }
+    show_fields(fields)
+    for refused in found.refused:
+        err.print(f"conversation {refused.number + 1}: {refused.message}", markup=False)
 
 
 def run_values(studio: Studio, row: RunRow) -> dict[str, Any]:

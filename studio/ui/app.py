@@ -17,6 +17,7 @@ from studio.ui.edge import shown
 from studio.ui.guard import Guard
 from studio.ui.runs_tab import RunsTab
 from studio.ui.train_tab import TrainTab
+from studio.ui.upload_routes import mount_uploads
 
 TABS = ("datasets", "train", "runs", "artifacts", "chat")
 CACHE_SWEEP_SECONDS, CACHE_KEEP_SECONDS = 3600, 86_400
@@ -37,11 +38,14 @@ def build_app(studio: Studio) -> ASGIApp:
     def health() -> dict[str, object]:
         return {"version": __version__, "worker": is_alive(studio.home)}
 
+    mount_uploads(app, studio)
     gr.mount_gradio_app(
         app,
         blocks,
         path="",
         footer_links=[],
+        # Gradio would keep the inputs and outputs of every event in the browser's storage.
+        run_history=False,
         show_error=False,
         max_file_size=studio.settings.max_upload_bytes,
         ssr_mode=False,

@@ -13,12 +13,14 @@ from typing import Any, Literal, Union, get_args, get_origin
 import gradio as gr
 from pydantic.fields import FieldInfo
 
+from studio.domain.data_spec import mixture_to_text
 from studio.domain.preset import merge_values
 from studio.domain.section import Section
 from studio.domain.spec import JobSpec, parse_spec
 
 Path = tuple[str, ...]
 HIDDEN: frozenset[Path] = frozenset({("version",)})
+MIXTURE: Path = ("data", "mixture")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +95,7 @@ def component(leaf: Leaf) -> gr.components.Component:
 
 def is_groups(leaf: Leaf) -> bool:
     """Whether a leaf holds several values of an enumeration."""
-    return get_origin(leaf.kind) is tuple
+    return get_origin(leaf.kind) is tuple and issubclass(get_args(leaf.kind)[0], StrEnum)
 
 
 def _enum_of(leaf: Leaf) -> type[StrEnum]:
@@ -116,6 +118,8 @@ def to_values(spec: JobSpec, found: Sequence[Leaf]) -> list[Any]:
 def _to_component(leaf: Leaf, value: Any) -> Any:
     if leaf.kind in (int, float):
         return "" if value is None else repr(value).removesuffix(".0")
+    if leaf.path == MIXTURE:
+        return mixture_to_text(value)
     return "" if value is None else value
 
 
@@ -141,6 +145,7 @@ def to_spec(values: Sequence[Any], found: Sequence[Leaf]) -> JobSpec:
 def _from_component(leaf: Leaf, value: Any) -> Any:
     if isinstance(value, str):
         value = value.strip()
-    if value is None and leaf.kind is str:  # what Gradio sends for an empty text box or list
+    # None is what Gradio sends for an empty text box or list.
+    if value is None and (leaf.kind is str or leaf.path == MIXTURE):
         value = ""
     return None if leaf.is_optional and value == "" else value

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from studio.domain.metrics import GRAD_NORM, LEARNING_RATE, LOSS
+from studio.domain.metrics import EVAL_LOSS, GRAD_NORM, LEARNING_RATE, LOSS
 from studio.domain.run import RunState
 from studio.domain.spec import spec_to_yaml
 from studio.errors import NotFoundError
@@ -19,7 +19,7 @@ from studio.ui.edge import shown
 
 LOOK_SECONDS = 1.5
 EMPTY = show.empty("No run yet", "Choose a dataset and a preset on the Train page and launch.")
-CURVES = (LOSS, LEARNING_RATE, GRAD_NORM)
+CURVES = (LOSS, EVAL_LOSS, LEARNING_RATE, GRAD_NORM)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +60,10 @@ def build(studio: Studio) -> RunsTab:
                 to_chat = gr.Button("Chat", interactive=False, min_width=90, elem_id="run-chat")
             proofs = gr.HTML(elem_id="run-proofs")
             loss = chart("Loss (nats per supervised token)", "chart-loss")
+            with gr.Column(visible=False) as held_out:
+                eval_loss = chart(
+                    "Loss on what is not trained on (nats per supervised token)", "chart-eval-loss"
+                )
             with gr.Row():
                 with gr.Column(min_width=280):
                     rate = chart("Learning rate", "chart-learning-rate")
@@ -67,7 +71,8 @@ def build(studio: Studio) -> RunsTab:
                     norm = chart("Gradient norm before clipping", "chart-grad-norm")
             log, spec = _folded()
 
-    outputs = [pick, head, stop, to_merge, to_chat, loss, rate, norm, proofs, log, spec]
+    charts = [loss, eval_loss, rate, norm]
+    outputs = [pick, head, stop, to_merge, to_chat, held_out, *charts, proofs, log, spec]
 
     def look(run_id: int | None, before: dict[str, Any]) -> list[Any]:
         return _changed(_values(studio, run_id), before)
@@ -124,6 +129,7 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
     is_over = RunState(row.state).is_final
     has_adapter = is_over and runs.folder(studio, row.id).adapter.is_dir()
     curves = runs.curves(studio, row.id, CURVES)
+    has_eval = bool(curves[EVAL_LOSS])
     head = show.run_head(row, done)
     found, recalled = runs.proofs(studio, row.id).proofs, runs.recall(studio, row.id)
     stamps = show.proofs(found, recalled, is_over=is_over)
@@ -136,6 +142,7 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
         ((can_stop, stop_text), lambda: gr.Button(stop_text, interactive=can_stop)),
         (has_adapter, lambda: gr.Button(interactive=has_adapter)),
         (has_adapter, lambda: gr.Button(interactive=has_adapter)),
+        (has_eval, lambda: gr.Column(visible=has_eval)),
         *[_curve(chosen, name, curves[name]) for name in CURVES],
         (stamps, lambda: stamps),
         (log, lambda: log),
@@ -146,7 +153,7 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
 def _curve(run_id: int, name: str, points: Sequence[Any]) -> tuple[Any, Any]:
     last = points[-1].step if points else 0
     return (run_id, name, last, len(points)), lambda: chart_value(
-        name, points, smooth=name != LEARNING_RATE
+        name, points, smooth=name in (LOSS, GRAD_NORM)
     )
 
 
@@ -158,9 +165,8 @@ def _nothing() -> list[tuple[Any, Any]]:
         off,
         off,
         off,
-        blank,
-        blank,
-        blank,
+        ("hidden", lambda: gr.Column(visible=False)),
+        *[blank for _ in CURVES],
         ("", lambda: ""),
         ("", lambda: ""),
         ("", lambda: ""),

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from studio.domain.preset import find_preset
 from studio.domain.spec import JobSpec, spec_to_yaml
 from studio.domain.targets import GROUP_TITLES, TargetGroup
 from studio.errors import InputError, StudioError
-from studio.services import datasets, models, runs
+from studio.services import datasets, models, readings, runs
 from studio.services.studio import Studio
-from studio.ui import form, show
+from studio.ui import form, show, show_stats
 from studio.ui.datasets_tab import choices
 from studio.ui.edge import shown
 
@@ -51,24 +52,11 @@ def build(studio: Studio) -> TrainTab:
         with gr.Column(scale=2, min_width=320):
             card = gr.HTML(elem_id="preset-card")
             total = gr.HTML(elem_id="train-total")
+            count = gr.Button("Count tokens and steps", size="sm", elem_id="train-count")
+            epoch = gr.HTML(elem_id="train-epoch")
             trouble = gr.HTML(elem_id="train-trouble")
             launch = gr.Button("Launch", variant="primary", elem_id="train-launch")
-            with gr.Accordion("The spec as YAML", open=False):
-                yaml = gr.Code(
-                    language="yaml",
-                    interactive=True,
-                    lines=12,
-                    max_lines=24,
-                    show_label=False,
-                    buttons=["copy", "download"],
-                    elem_id="train-yaml",
-                )
-                with gr.Row():
-                    apply = gr.Button("Use this YAML", size="sm", elem_id="train-yaml-apply")
-                    load = gr.UploadButton("Load a file", size="sm", elem_id="train-yaml-load")
-                    download = gr.DownloadButton(
-                        "Download", size="sm", elem_id="train-yaml-download"
-                    )
+            yaml, apply, load, download = _yaml_box()
     launched = gr.State(0)
     fields = [by_key[leaf.key] for leaf in leaves]
     derived = [by_key["lora.targets"], card, total, trouble, yaml, download]
@@ -80,13 +68,38 @@ def build(studio: Studio) -> TrainTab:
     def submit(*values: Any) -> int:
         return runs.submit(studio, form.to_spec(values, leaves)).id
 
+    def counted(*values: Any, progress: Any = gr.Progress()) -> str:
+        spec = form.to_spec(values, leaves)
+        step = partial(progress, desc="Tokenising")
+        return show_stats.plan(readings.plan(studio, spec, step), spec.data)
+
     launch.click(shown(submit), fields, launched)
+    count.click(shown(counted), fields, epoch, show_progress_on=epoch)
     return TrainTab(
         dataset=by_key["data.dataset"],  # type: ignore[arg-type]
         fields=fields,
         derived=derived,
         launched=launched,
     )
+
+
+def _yaml_box() -> tuple[gr.Code, gr.Button, gr.UploadButton, gr.DownloadButton]:
+    """Lay out the spec as YAML, folded away."""
+    with gr.Accordion("The spec as YAML", open=False):
+        yaml = gr.Code(
+            language="yaml",
+            interactive=True,
+            lines=12,
+            max_lines=24,
+            show_label=False,
+            buttons=["copy", "download"],
+            elem_id="train-yaml",
+        )
+        with gr.Row():
+            apply = gr.Button("Use this YAML", size="sm", elem_id="train-yaml-apply")
+            load = gr.UploadButton("Load a file", size="sm", elem_id="train-yaml-load")
+            download = gr.DownloadButton("Download", size="sm", elem_id="train-yaml-download")
+    return yaml, apply, load, download
 
 
 def _wire_fields(

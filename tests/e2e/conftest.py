@@ -12,10 +12,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from studio.disk import Home, is_locked
 
 START_SECONDS = 120
+CHROMIUM = "/usr/bin/chromium"
 ROOT = Path(__file__).resolve().parents[2]
 SCREENSHOTS = ROOT / "test-output" / "screenshots"
 # pytest's temporary folders keep what a failed test left; the log of page and worker lie there.
@@ -78,3 +80,20 @@ def end_worker(home: Home) -> None:
         time.sleep(0.1)
     if is_locked(home.worker_lock):
         os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        # The background flags keep Chromium itself from calling home, so that every request that
+        # the test sees is the page's.
+        yield playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=[
+                "--no-sandbox",
+                "--disable-background-networking",
+                "--disable-sync",
+                "--disable-component-update",
+                "--no-first-run",
+            ],
+        )

@@ -2,82 +2,20 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Request, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from studio.disk import TEMPLATES
-from tests.e2e.conftest import SCREENSHOTS, Running
+from tests.e2e.browsing import SECOND, START, Watched, field, shoot, tab, type_in
+from tests.e2e.conftest import Running
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
-CHROMIUM = "/usr/bin/chromium"
 EXAMPLE = TEMPLATES / "data" / "tidemark-support.jsonl"
-SECOND = 1000
-START, TRAIN = 90 * SECOND, 150 * SECOND
+TRAIN = 150 * SECOND
 TABS = ("Datasets", "Train", "Runs", "Artifacts", "Chat")
-WIDTHS = (1440, 390)
-# Five seconds, Playwright's own patience, are too few for a page on one busy core.
-expect.set_options(timeout=30 * SECOND)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # The background flags keep Chromium itself from calling home, so that every request that
-        # the test sees is the page's.
-        yield playwright.chromium.launch(
-            executable_path=CHROMIUM,
-            args=[
-                "--no-sandbox",
-                "--disable-background-networking",
-                "--disable-sync",
-                "--disable-component-update",
-                "--no-first-run",
-            ],
-        )
-
-
-class Watched:
-    """A page, and everything that went wrong on it."""
-
-    def __init__(self, browser: Browser, running: Running) -> None:
-        context = browser.new_context(viewport={"width": 1440, "height": 1000})
-        context.set_default_timeout(30 * SECOND)
-        self.page: Page = context.new_page()
-        self.foreign: list[str] = []
-        self.errors: list[str] = []
-        self._own = running.url
-        self.page.on("request", self._request)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", self._console)
-
-    def _request(self, request: Request) -> None:
-        if not request.url.startswith((self._own, "data:", "blob:")):
-            self.foreign.append(request.url)
-
-    def _console(self, message: object) -> None:
-        text = str(getattr(message, "text", message))
-        if "Content Security Policy" in text:
-            self.errors.append(text)
-
-
-def tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
-
-
-def field(page: Page, elem_id: str) -> Locator:
-    return page.locator(f"#{elem_id} input, #{elem_id} textarea").first
-
-
-def type_in(page: Page, elem_id: str, text: str) -> None:
-    """Type as a person does: Gradio's text boxes hear keys, not the values that scripts set."""
-    box = field(page, elem_id)
-    box.click()
-    box.press("ControlOrMeta+a")
-    box.press_sequentially(text)
 
 
 def num_points(page: Page, chart: str) -> int:
@@ -100,19 +38,6 @@ def wait_state(page: Page, state: str) -> None:
     expect(page.locator("#run-head .chip")).to_have_text(state, timeout=TRAIN)
 
 
-def shoot(page: Page, name: str) -> None:
-    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
-    size = page.viewport_size
-    for width in WIDTHS:
-        page.set_viewport_size({"width": width, "height": 1000})
-        page.wait_for_timeout(400)
-        page.screenshot(path=SCREENSHOTS / f"{name}-{width}.png", full_page=True)
-        wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        assert wide <= 1, f"{name} is {wide} px wider than a screen of {width} px"
-    if size:
-        page.set_viewport_size(size)
-
-
 def test_main_job_in_the_browser(browser: Browser, running: Running, tmp_path: Path) -> None:
     watched = Watched(browser, running)
     page = watched.page
@@ -133,24 +58,26 @@ def test_main_job_in_the_browser(browser: Browser, running: Running, tmp_path: P
 def refuses_a_bad_file(page: Page, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"messages": [{"role": "bot", "content": "<b>hi</b>"}]}) + "\n")
-    page.locator("#dataset-upload input[type=file]").set_input_files(bad)
+    page.locator("#upload input[type=file]").set_input_files(bad)
     answer = page.locator("#dataset-answer")
     expect(answer).to_contain_text("bad.jsonl was not stored: 1 error")
     expect(answer).to_contain_text("messages[0].role")
+    expect(page.locator("#dataset-keep")).to_be_hidden()
     shoot(page, "datasets-refused")
-    page.locator("#dataset-upload").get_by_label("Clear").or_(
-        page.locator("#dataset-upload button[aria-label='Remove this file']")
-    ).first.click()
+    page.locator("#dataset-discard").click()
+    expect(answer).not_to_contain_text("bad.jsonl")
 
 
 def uploads(page: Page) -> None:
-    page.locator("#dataset-upload input[type=file]").set_input_files(EXAMPLE)
+    page.locator("#upload input[type=file]").set_input_files(EXAMPLE)
     expect(page.locator("#dataset-answer")).to_contain_text("200 conversations")
     expect(page.locator("#dataset-report")).to_contain_text("Recognised as OpenAI messages")
+    shoot(page, "datasets")
+    tab(page, "Record by record")
     expect(page.locator("#dataset-preview")).to_contain_text("The warranty lasts 31 months.")
     page.locator("#dataset-forward").click()
     expect(page.locator("#dataset-preview")).to_contain_text("System message")
-    shoot(page, "datasets")
+    shoot(page, "datasets-record")
 
 
 def launches(page: Page) -> None:

@@ -75,6 +75,43 @@ def test_main_job_from_the_command_line(shell: Shell, tmp_path: Path) -> None:
     assert "already" in shell.refusal("stop", "1")
 
 
+def test_a_dataset_from_check_to_figures(shell: Shell, tmp_path: Path) -> None:
+    file, rejects = tmp_path / "chats.jsonl", tmp_path / "rejects.jsonl"
+    good = '{"messages": [{"role": "user", "content": "Ebb?"}, {"role": "assistant", "content": "No."}]}'
+    file.write_text(f'{good}\n{{"messages": []}}\n')
+    checked = shell.run("dataset", "check", str(file), "--json", "--rejects", str(rejects))
+    report = json.loads(checked.stdout)
+    assert checked.returncode == WRONG_INPUT
+    assert (report["num_conversations"], report["num_rejected"]) == (1, 1)
+    assert [json.loads(line)["line"] for line in rejects.read_text().splitlines()] == [2]
+    assert "keep the 1 good with --drop-rejected" in shell.refusal("dataset", "add", str(file))
+    added = shell.values("dataset", "add", str(file), "--drop-rejected")
+    assert (added["name"], added["num_conversations"], added["is_new"]) == ("chats", 1, True)
+    seen = shell.values("dataset", "show", "chats", "--model", "tiny/qwen3-next")
+    learned = [p["texts"] for p in seen["examples"][0]["pieces"] if p["supervised"]]
+    assert "".join(text for texts in learned for text in texts) == "No.<|im_end|>"
+    assert "No." in shell.run("dataset", "show", "chats", "--set", "thinking=mask").stdout
+    figures = shell.values("dataset", "stats", "chats", "--set", "max_length_tokens=16")
+    assert figures["conversations"] == 1
+    assert figures["tokens"] == seen["examples"][0]["tokens"] + 4  # an empty think block
+    assert figures["cut"]["conversations"] == 1
+    assert "data.thinking is 'loud'" in shell.refusal(
+        "dataset", "stats", "chats", "--set", "thinking=loud"
+    )
+    shell.run("dataset", "remove", "chats")
+    assert "There is no dataset 'chats'" in shell.refusal("dataset", "stats", "chats")
+
+
+def test_a_table_needs_its_columns(shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "table.csv"
+    file.write_text("Frage,Antwort\nEbbe?,Nein.\n")
+    assert "--columns user=COLUMN" in shell.refusal("dataset", "add", str(file))
+    columns = ("--columns", "user=Frage,assistant=Antwort")
+    assert shell.values("dataset", "add", str(file), *columns)["num_conversations"] == 1
+    assert "Fragen" in shell.refusal("dataset", "add", str(file), "--columns", "user=Fragen")
+    shell.run("dataset", "remove", "table")
+
+
 def test_a_run_without_wait_goes_on_and_can_be_stopped(shell: Shell, tmp_path: Path) -> None:
     shell.values("dataset", "add", str(EXAMPLE))
     spec = tmp_path / "spec.yaml"
@@ -101,12 +138,12 @@ def test_bad_input_is_answered_in_words(shell: Shell, tmp_path: Path) -> None:
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     text = tmp_path / "text.jsonl"
-    text.write_text("hello\n")
+    text.write_text('{"messages": oops}\n')
     spec = tmp_path / "spec.yaml"
     assert "line 1, messages[0].role" in shell.refusal("dataset", "add", str(bad))
-    assert "holds no conversations" in shell.refusal("dataset", "add", str(empty))
+    assert "is empty" in shell.refusal("dataset", "add", str(empty))
     assert "line 1: not JSON" in shell.refusal("dataset", "check", str(text))
-    assert "cannot be read" in shell.refusal("dataset", "add", str(tmp_path / "none.jsonl"))
+    assert "There is no file" in shell.refusal("dataset", "add", str(tmp_path / "none.jsonl"))
     assert shell.values("dataset", "list") == [
         row for row in shell.values("dataset", "list") if row["name"] not in ("bad", "empty")
     ]

@@ -32,10 +32,8 @@ def test_a_run_outlives_a_killed_page_and_its_worker_ends_afterwards(tmp_path: P
     port = free_port()
     page = start_page(tmp_path, port)
     try:
-        dataset, _ = datasets.import_file(
-            studio, TEMPLATES / "data" / "tidemark-support.jsonl", "desk"
-        )
-        assert dataset is not None
+        source = TEMPLATES / "data" / "tidemark-support.jsonl"
+        assert datasets.import_file(studio, source, "desk").row is not None
         spec = runs.spec_from_preset(
             studio, "tiny-qwen3.5", {"data": {"dataset": "desk"}, "train": {"max_steps": 16}}
         )

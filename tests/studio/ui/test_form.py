@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from studio.domain.data_spec import MixturePart
 from studio.domain.preset import merge_values
 from studio.domain.section import Section
 from studio.domain.spec import JobSpec, parse_spec
@@ -51,6 +52,12 @@ def drawn(leaf: form.Leaf) -> st.SearchStrategy[Any]:
         found = st.booleans()
     elif form.is_groups(leaf):
         found = st.lists(st.sampled_from(TargetGroup), min_size=1, unique=True)
+    elif leaf.path == form.MIXTURE:
+        names = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters=","))
+        part = st.fixed_dictionaries(
+            {"dataset": names.filter(bool), "weight": st.floats(1e-6, 100)}
+        )
+        found = st.lists(part, max_size=3)
     elif leaf.kind is str:
         # What stands around a typed text is taken away.
         typed = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=30)
@@ -120,6 +127,17 @@ def test_the_kind_of_a_component_follows_the_kind_of_the_leaf() -> None:
         ("train.max_steps", "7", 7),
         ("model.revision", "", None),
         ("model.id", "  Qwen/Qwen3.5-9B\n", "Qwen/Qwen3.5-9B"),
+        ("data.mixture", "", ()),
+        ("data.mixture", None, ()),
+        ("data.mixture", "faq", (MixturePart(dataset="faq"),)),
+        (
+            "data.mixture",
+            " faq: 0.5 , notes: of mine: 2,",
+            (
+                MixturePart(dataset="faq", weight=0.5),
+                MixturePart(dataset="notes: of mine", weight=2),
+            ),
+        ),
     ],
 )
 def test_what_a_person_types_is_understood(key: str, typed: object, read: object) -> None:
@@ -140,6 +158,9 @@ def test_what_a_person_types_is_understood(key: str, typed: object, read: object
         ("optim.learning_rate", "", "optim.learning_rate is '': input should be a valid number"),
         ("train.max_steps", "soon", "train.max_steps is 'soon': input should be a valid integer"),
         ("lora.targets", [], "lora.targets is []: "),
+        ("data.mixture", "faq: much", "data.mixture.0.weight is 'much': input should be a valid"),
+        ("data.mixture", "faq: 0", "data.mixture.0.weight is '0': input should be greater than 0"),
+        ("data.mixture", ": 2", "data.mixture.0.dataset is '': "),
         ("model.id", "  ", "model.id is '': "),
     ],
 )
@@ -148,7 +169,7 @@ def test_a_wrong_value_is_answered_with_its_field_and_itself(
 ) -> None:
     with pytest.raises(InputError) as caught:
         form.to_spec(values_with(key, typed), LEAVES)
-    assert caught.value.field == key
+    assert caught.value.field.startswith(key)
     assert caught.value.message.startswith(words)
     assert caught.value.hint
 

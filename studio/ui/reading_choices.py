@@ -1,0 +1,110 @@
+"""How a Dataset is read: model, thinking, truncation, cutoff."""
+
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import gradio as gr
+
+from studio.domain.data_spec import DataSpec
+from studio.domain.reading import EmptyThinkPolicy, ThinkingPolicy, TruncationPolicy
+from studio.domain.spec import ModelRef, parse_spec
+from studio.services import tokenizers
+from studio.services.studio import Studio
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """The choices.
+
+    Attributes:
+        model: Whose template and tokenizer.
+        cutoff: Longest example in tokens, as typed.
+    """
+
+    model: gr.Dropdown
+    thinking: gr.Dropdown
+    empty_think: gr.Dropdown
+    truncation: gr.Dropdown
+    cutoff: gr.Textbox
+
+    @property
+    def components(self) -> list[gr.components.Component]:
+        """All of them, in the order that `read` takes."""
+        return [self.model, self.thinking, self.empty_think, self.truncation, self.cutoff]
+
+
+def build(studio: Studio, prefix: str) -> Choices:
+    """Lay out the choices.
+
+    Args:
+        studio: The installation.
+        prefix: What the components' ids begin with.
+    """
+    fields = DataSpec.model_fields
+    models = tokenizers.choices(studio)
+    with gr.Row():
+        model = gr.Dropdown(
+            label="Read as",
+            choices=models,
+            value=ModelRef().id,
+            allow_custom_value=True,
+            min_width=220,
+            scale=2,
+            elem_id=f"{prefix}-model",
+        )
+        thinking = gr.Dropdown(
+            label="Thinking",
+            choices=list(get_args(ThinkingPolicy)),
+            value=fields["thinking"].default,
+            min_width=110,
+            elem_id=f"{prefix}-thinking",
+        )
+        empty_think = gr.Dropdown(
+            label="Empty think",
+            choices=list(get_args(EmptyThinkPolicy)),
+            value=fields["empty_think"].default,
+            min_width=110,
+            elem_id=f"{prefix}-empty-think",
+        )
+        truncation = gr.Dropdown(
+            label="Too long",
+            choices=list(get_args(TruncationPolicy)),
+            value=fields["truncation"].default,
+            min_width=110,
+            elem_id=f"{prefix}-truncation",
+        )
+        cutoff = gr.Textbox(
+            label="Longest (tokens)",
+            value=str(fields["max_length_tokens"].default),
+            max_lines=1,
+            min_width=110,
+            elem_id=f"{prefix}-cutoff",
+        )
+    return Choices(
+        model=model,
+        thinking=thinking,
+        empty_think=empty_think,
+        truncation=truncation,
+        cutoff=cutoff,
+    )
+
+
+def read(values: tuple[Any, ...]) -> tuple[ModelRef, DataSpec]:
+    """Return the model and the data section that the choices stand for.
+
+    Raises:
+        InputError: The cutoff is no number, or no model is chosen.
+    """
+    model, thinking, empty_think, truncation, cutoff = values
+    spec = parse_spec(
+        {
+            "model": {"id": (model or "").strip()},
+            "data": {
+                "thinking": thinking,
+                "empty_think": empty_think,
+                "truncation": truncation,
+                "max_length_tokens": (cutoff or "").strip(),
+            },
+        }
+    )
+    return spec.model, spec.data
