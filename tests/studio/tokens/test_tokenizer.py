@@ -16,7 +16,7 @@ from studio.domain.preset import load_models
 from studio.errors import InputError
 from studio.tokens.bpe import judge, read_vocabulary
 from studio.tokens.tiny import write_tokenizer
-from studio.tokens.tokenizer import ModelTokenizer, load
+from studio.tokens.tokenizer import ModelTokenizer, load, tokenizer_sha256
 from tests.conversations import ODD_PIECES
 
 MODELS = {model.id: model for model in load_models(TEMPLATES / "models").values()}
@@ -285,14 +285,14 @@ def test_the_template_may_stand_in_the_configuration(
 
 
 def test_the_hash_knows_tokenizer_and_template(
-    folder: Path, changed: Callable[[Change], Path]
+    tokenizer: ModelTokenizer, folder: Path, changed: Callable[[Change], Path]
 ) -> None:
-    first = load(folder).sha256
+    assert tokenizer.sha256 == tokenizer_sha256(folder)
     other = changed(dropout)
-    second = load(other).sha256
+    second = tokenizer_sha256(other)
     (other / "chat_template.jinja").write_text("{{ x }}", encoding="utf-8")
 
-    assert len({first, second, load(other).sha256}) == 3
+    assert len({tokenizer.sha256, second, tokenizer_sha256(other)}) == 3
 
 
 @pytest.mark.parametrize(
