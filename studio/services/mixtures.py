@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from studio.domain.conversation import Kind
 from studio.domain.data_spec import DataSpec
@@ -52,21 +53,6 @@ class TrainingData:
         return spec.model_copy(update={"data": spec.data.model_copy(update=names)})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SplitPreview:
-    """What a split would do.
-
-    Attributes:
-        num_groups_kept: Groups of near-duplicates, each of which stays on one side.
-        num_in_groups: Records in these groups.
-    """
-
-    num_train: int
-    num_eval: int
-    num_groups_kept: int
-    num_in_groups: int
-
-
 def for_training(studio: Studio, spec: JobSpec) -> TrainingData:
     """Find the Datasets of a spec, and see that they can be trained on together.
 
@@ -88,8 +74,7 @@ def for_training(studio: Studio, spec: JobSpec) -> TrainingData:
     for field, row in _fields(found):
         _check_kind(row, field)
         _check_images(studio, row, field)
-    if data.eval_share:
-        _check_share(studio, spec, main.row)
+    _check_share(studio, spec, main.row)
     return found
 
 
@@ -152,8 +137,8 @@ def _check_images(studio: Studio, row: DatasetRow, field: str) -> None:
 
 
 def _check_share(studio: Studio, spec: JobSpec, row: DatasetRow) -> None:
-    share = spec.data.eval_share
-    if not split_preview(studio, row.sha256, share, spec.train.seed).num_eval:
+    chosen = kept_out(studio, spec)
+    if chosen is not None and not chosen.any():
         raise InputError(
             f"No part of {row.name!r} can be kept for evaluation: it has "
             f"{row.num_conversations} conversations, all nearly the same.",
@@ -162,24 +147,32 @@ def _check_share(studio: Studio, spec: JobSpec, row: DatasetRow) -> None:
         )
 
 
-def split_preview(studio: Studio, key: str, share: float, seed: int) -> SplitPreview:
-    """Return what a split of a Dataset would do.
+def kept_out(studio: Studio, spec: JobSpec) -> NDArray[np.bool_] | None:
+    """Return which records of a spec's Dataset are measured and not trained on; None without.
 
     Raises:
         NotFoundError: There is no such Dataset, or its file is gone.
-        ValueError: The share is not between 0 and 1.
     """
-    row = datasets.get(studio, key)
+    if not spec.data.eval_share:
+        return None
+    row = datasets.get(studio, spec.data.dataset)
     with datasets.canonical(studio.home, row) as opened:
-        groups = np.array(opened.groups)
-    sizes = np.bincount(groups)
-    num_eval = int(split(groups, share, seed).sum())
-    return SplitPreview(
-        num_train=len(groups) - num_eval,
-        num_eval=num_eval,
-        num_groups_kept=int((sizes > 1).sum()),
-        num_in_groups=int(sizes[sizes > 1].sum()),
-    )
+        return split(np.array(opened.groups), spec.data.eval_share, spec.train.seed)
+
+
+def overlaps(studio: Studio, data: TrainingData) -> dict[str, Overlap]:
+    """Return what the training Datasets share with the evaluation Dataset, by name.
+
+    Raises:
+        NotFoundError: The file of a Dataset is gone.
+    """
+    if data.evaluation is None:
+        return {}
+    found = {
+        part.row.name: overlap(studio, part.row.sha256, data.evaluation.sha256)
+        for part in data.parts
+    }
+    return {name: shared for name, shared in found.items() if shared.exact or shared.near}
 
 
 def overlap(studio: Studio, train_key: str, eval_key: str) -> Overlap:

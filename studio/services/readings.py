@@ -7,6 +7,7 @@ from studio.domain.data_spec import DataSpec
 from studio.domain.reading import Reading
 from studio.domain.spec import BatchSpec, JobSpec, ModelRef, TrainSpec
 from studio.errors import NotFoundError
+from studio.intake.split import Overlap
 from studio.services import datasets, mixtures, tokenizers
 from studio.services.studio import Studio
 from studio.store.rows import DatasetRow
@@ -81,14 +82,20 @@ class Plan:
     Attributes:
         num_too_long: Examples that are longer than the cutoff.
         lost_tokens: Tokens that truncation takes away.
+        num_nothing_left: Conversations of which truncation leaves nothing to learn.
         num_refused: Conversations that the template refuses.
+        num_kept_out: Conversations of the Dataset that are measured and not trained on.
+        overlaps: Training Datasets that share records with the evaluation Dataset, by name.
     """
 
     mixture: MixturePlan
     num_too_long: int
     lost_tokens: int
+    num_nothing_left: int
     num_refused: int
     longest: int
+    num_kept_out: int
+    overlaps: dict[str, Overlap]
 
 
 def plan(studio: Studio, spec: JobSpec, progress: Progress) -> Plan:
@@ -99,20 +106,26 @@ def plan(studio: Studio, spec: JobSpec, progress: Progress) -> Plan:
         InputError: A Dataset cannot be trained on, or the template is wrong.
     """
     found = mixtures.for_training(studio, spec)
+    kept_out = mixtures.kept_out(studio, spec)
     fitted: dict[str, tuple[Fitted, float]] = {}
     num_refused = longest = 0
     for index, part in enumerate(found.parts):
         step = _share(progress, index, len(found.parts))
         tokens = tokens_of(studio, part.row, spec.model, spec.data.reading, step)
-        fitted[part.row.name] = (Fitted(tokens, spec.data.cut), part.weight)
+        trained = ~kept_out if index == 0 and kept_out is not None else None
+        fitted[part.row.name] = (Fitted(tokens, spec.data.cut, trained), part.weight)
         num_refused += tokens.meta.counts.num_refused
         longest = max(longest, int(tokens.lengths.max(initial=0)))
+    all_fitted = [each for each, _ in fitted.values()]
     return Plan(
         mixture=mixture_plan(fitted, spec.batch, spec.train),
-        num_too_long=sum(len(each.long) for each, _ in fitted.values()),
-        lost_tokens=sum(each.lost_tokens for each, _ in fitted.values()),
+        num_too_long=sum(len(each.long) for each in all_fitted),
+        lost_tokens=sum(each.lost_tokens for each in all_fitted),
+        num_nothing_left=sum(len(each.nothing_left()) for each in all_fitted),
         num_refused=num_refused,
         longest=longest,
+        num_kept_out=0 if kept_out is None else int(kept_out.sum()),
+        overlaps=mixtures.overlaps(studio, found),
     )
 
 

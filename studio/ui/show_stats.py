@@ -167,7 +167,9 @@ def plan(found: Plan, data: DataSpec) -> str:
         ("steps of the run", count(total.steps)),
         ("real tokens in padded batches", f"{total.padding_efficiency:.0%}"),
     ]
-    return _trouble(found, data) + facts(cells) + _mixture(found.mixture)
+    if found.num_kept_out:
+        cells.append(("conversations kept out", count(found.num_kept_out)))
+    return _trouble(found, data) + _overlaps(found) + facts(cells) + _mixture(found.mixture)
 
 
 def _trouble(found: Plan, data: DataSpec) -> str:
@@ -188,7 +190,24 @@ def _trouble(found: Plan, data: DataSpec) -> str:
             f"{long} tokens; the run would not start.",
             f"Set the longest example to {count(found.longest)}, or choose cut or split.",
         )
-    return words + notice("info", f"{long} tokens; {count(found.lost_tokens)} tokens are lost.")
+    small = ""
+    if found.num_nothing_left:
+        small = f"{count(found.num_nothing_left)} conversations keep nothing that could be learned."
+    kind = "bad" if found.num_nothing_left else "info"
+    return words + notice(kind, f"{long} tokens; {count(found.lost_tokens)} are lost.", small)
+
+
+def _overlaps(found: Plan) -> str:
+    return "".join(
+        notice(
+            "bad",
+            f"{count(shared.exact + shared.near)} of the {count(shared.num_eval)} records to be "
+            f"measured are in {name} too, {count(shared.exact)} of them exactly.",
+            "Their loss would show what was learned by heart: exclude them, or choose another "
+            "evaluation dataset.",
+        )
+        for name, shared in found.overlaps.items()
+    )
 
 
 def _mixture(found: MixturePlan) -> str:

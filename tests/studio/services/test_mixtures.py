@@ -116,13 +116,14 @@ def test_a_file_that_is_gone_is_said_before_the_run(studio: Studio, tmp_path: Pa
         mixtures.for_training(studio, spec(dataset="a"))
 
 
-def test_a_preview_counts_what_the_split_does(studio: Studio, tmp_path: Path) -> None:
+def test_near_duplicates_stay_on_one_side(studio: Studio, tmp_path: Path) -> None:
     talks = [talk(f"Question {n}?") for n in range(90)]
     stored(studio, tmp_path, "a", *talks, *talks[:5], *talks[:5])
-    found = mixtures.split_preview(studio, "a", 0.2, 7)
-    assert (found.num_train, found.num_eval) == (80, 20)
-    assert (found.num_groups_kept, found.num_in_groups) == (5, 15)
-    assert mixtures.split_preview(studio, "a", 0.0, 7).num_eval == 0
+    chosen = mixtures.kept_out(studio, spec(dataset="a", eval_share=0.2))
+    assert chosen is not None
+    assert chosen.sum() == 20
+    assert all(chosen[n] == chosen[90 + n] == chosen[95 + n] for n in range(5))
+    assert mixtures.kept_out(studio, spec(dataset="a")) is None
 
 
 def test_overlap_of_training_and_evaluation_is_counted(studio: Studio, tmp_path: Path) -> None:

@@ -94,6 +94,29 @@ def test_a_plan_says_what_is_too_long(studio: Studio, short: DatasetRow) -> None
     assert plan.lost_tokens == plan.longest
 
 
+def test_a_plan_leaves_out_what_is_kept_for_evaluation(studio: Studio, short: DatasetRow) -> None:
+    whole = JobSpec(model=TINY, data=DataSpec(dataset=short.name))
+    data = DataSpec(dataset=short.name, eval_share=0.4)
+
+    plan = readings.plan(studio, JobSpec(model=TINY, data=data), no_progress)
+
+    assert plan.num_kept_out == 2
+    assert plan.mixture.total.conversations == 3
+    assert readings.plan(studio, whole, no_progress).mixture.total.conversations == 5
+
+
+def test_a_plan_names_what_training_and_evaluation_share(
+    studio: Studio, short: DatasetRow, tmp_path: Path
+) -> None:
+    measured = stored(studio, tmp_path, "measured", talk(0, 3), talk(77, 3))
+    data = DataSpec(dataset=short.name, eval_dataset=measured.name)
+
+    plan = readings.plan(studio, JobSpec(model=TINY, data=data), no_progress)
+
+    assert set(plan.overlaps) == {"short"}
+    assert (plan.overlaps["short"].exact, plan.overlaps["short"].num_eval) == (1, 2)
+
+
 def test_a_model_folder_is_read_with_its_own_template(
     studio: Studio, short: DatasetRow, tmp_path: Path
 ) -> None:
