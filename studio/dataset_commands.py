@@ -127,7 +127,8 @@ def _add(
 def _refusal(name: str, report: Report) -> str:
     if report.columns:
         return f"{name} is a table with the columns {', '.join(report.columns)}."
-    return f"{name} has {report.num_errors} errors; nothing was stored."
+    errors = "1 error" if report.num_errors == 1 else f"{report.num_errors} errors"
+    return f"{name} has {errors}; nothing was stored."
 
 
 def _what_now(report: Report) -> str:

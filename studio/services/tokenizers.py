@@ -12,6 +12,8 @@ from studio.services.studio import Studio
 from studio.tokens.tiny import ensure_tiny_tokenizer
 
 REQUIRED = "tokenizer.json"
+# A person waits for the answer.
+HUB_SECONDS = 4.0
 FILES = (REQUIRED, "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -75,7 +77,9 @@ def _local(folder: Path, name: str) -> Path:
 
 def _download(model: ModelRef) -> Path:
     with hub_errors(model.id, model.revision):
-        first = Path(hf_hub_download(model.id, REQUIRED, revision=model.revision))
+        first = Path(
+            hf_hub_download(model.id, REQUIRED, revision=model.revision, etag_timeout=HUB_SECONDS)
+        )
         for name in FILES[1:]:
             try:
                 # The commit of the first file, so that all three are of one version.

@@ -7,12 +7,13 @@ from typing import Any
 import gradio as gr
 
 from studio.domain.validation import Report
+from studio.errors import StudioError
 from studio.intake.formats import Mapping, guess_mapping
 from studio.services import arrivals, datasets
 from studio.services.arrivals import Arrival
 from studio.services.datasets import Imported
 from studio.services.studio import Studio
-from studio.ui import show_report
+from studio.ui import show, show_report
 from studio.ui.edge import shown
 from studio.ui.upload import upload_box
 
@@ -27,12 +28,17 @@ COLUMN_TITLES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiting:
-    """A file that was read and not stored: its faults wait for a decision."""
+    """A file that was read and not stored: its faults wait for a decision.
+
+    Attributes:
+        columns: Of a table; its choice of columns may be changed until it is stored.
+    """
 
     arrival: Arrival
     mapping: Mapping | None
     report: Report
     rejects: str | None
+    columns: tuple[str, ...]
 
 
 Queue = tuple[Waiting, ...]
@@ -140,7 +146,10 @@ def _wire_arrivals(
 
     def take_source(text: str | None, before: Queue, progress: Any = gr.Progress()) -> list[Any]:
         step = _step(progress, f"Fetching {text}")
-        found = arrivals.from_source(studio, text or "", step)
+        try:
+            found = arrivals.from_source(studio, text or "", step)
+        except StudioError as error:
+            return _answer([], before, show.notice("bad", error.message, error.hint))
         return _take_all(studio, [found], before, progress)
 
     watched: dict[str, Any] = {"show_progress_on": panel.answer}
@@ -178,15 +187,20 @@ def _step(progress: Any, words: str) -> arrivals.Progress:
 
 def _take_all(studio: Studio, found: Sequence[Arrival], before: Queue, progress: Any) -> list[Any]:
     """Read several files; those with faults wait one behind the other."""
-    added, waiting = [], list(before)
+    added, waiting, troubles = [], [], []
     for arrival in found:
         step = _step(progress, f"Reading {arrival.name}")
-        imported = arrivals.take(studio, arrival, progress=step)
+        try:
+            imported = arrivals.take(studio, arrival, progress=step)
+        except StudioError as error:
+            troubles.append(show.notice("bad", error.message, error.hint))
+            continue
         if imported.row is None:
             waiting.append(_waiting(arrival, None, imported))
         else:
             added.append(imported)
-    return _answer(added, tuple(waiting))
+    # What came last is what a person looks for.
+    return _answer(added, (*waiting, *before), "".join(troubles))
 
 
 def _decide(
@@ -205,30 +219,39 @@ def _decide(
         progress=_step(progress, f"Reading {first.arrival.name}"),
     )
     if imported.row is None:
-        return _answer([], (_waiting(first.arrival, first.mapping, imported), *others))
+        again = _waiting(first.arrival, first.mapping, imported, first.columns)
+        return _answer([], (again, *others))
     return _answer([imported], tuple(others))
 
 
-def _waiting(arrival: Arrival, mapping: Mapping | None, imported: Imported) -> Waiting:
+def _waiting(
+    arrival: Arrival,
+    mapping: Mapping | None,
+    imported: Imported,
+    columns: tuple[str, ...] = (),
+) -> Waiting:
     return Waiting(
         arrival=arrival,
         mapping=mapping,
         report=imported.report,
         rejects=str(imported.rejects) if imported.rejects else None,
+        columns=imported.report.columns or columns,
     )
 
 
-def _answer(added: Sequence[Imported], waiting: Queue) -> list[Any]:
+def _answer(added: Sequence[Imported], waiting: Queue, troubles: str = "") -> list[Any]:
     """Return what the panel shows: what was stored, and the first file that waits."""
     rows = [(imported.row, imported.is_new) for imported in added if imported.row is not None]
-    words = "".join(show_report.welcome(row, is_new=is_new) for row, is_new in rows)
+    words = troubles + "".join(show_report.welcome(row, is_new=is_new) for row, is_new in rows)
+    rows.sort(key=lambda item: item[1])  # a new one, where there is one, is shown
     newest = rows[-1][0].sha256 if rows else gr.skip()
     if not waiting:
         return [words, (), newest, *_no_choice()]
     first, report = waiting[0], waiting[0].report
-    words += show_report.rejected(first.arrival.name, report, num_behind=len(waiting) - 1)
-    guess = guess_mapping(report.columns) if report.columns else None
-    guessed = guess.model_dump() if guess else {}
+    behind = [other.arrival.name for other in waiting[1:]]
+    words += show_report.rejected(first.arrival.name, report, behind)
+    chosen = first.mapping or (guess_mapping(first.columns) if first.columns else None)
+    guessed = chosen.model_dump() if chosen else {}
     return [
         words,
         waiting,
@@ -239,9 +262,9 @@ def _answer(added: Sequence[Imported], waiting: Queue) -> list[Any]:
             visible=report.is_salvageable,
         ),
         gr.DownloadButton(value=first.rejects, visible=first.rejects is not None),
-        gr.Column(visible=bool(report.columns)),
+        gr.Column(visible=bool(first.columns)),
         *(
-            gr.Dropdown(choices=["", *report.columns], value=guessed.get(name) or "")
+            gr.Dropdown(choices=["", *first.columns], value=guessed.get(name) or "")
             for name in COLUMN_TITLES
         ),
     ]

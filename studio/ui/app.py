@@ -135,6 +135,9 @@ def _wire_choices(
     def all_datasets(chosen: str | None) -> Any:
         return _kept(datasets_tab.choices(studio), chosen)
 
+    def also_none(chosen: str | None) -> Any:
+        return _kept([train_tab.NO_DATASET, *datasets_tab.choices(studio)], chosen)
+
     def adapters(chosen: int | None) -> Any:
         return _kept(artifacts_tab.choices(studio), chosen)
 
@@ -144,6 +147,7 @@ def _wire_choices(
     quiet: dict[str, Any] = {"show_progress": "hidden"}
     datasets_page.select(shown(all_datasets), datasets.pick, datasets.pick, **quiet)
     train_page.select(shown(all_datasets), train.dataset, train.dataset, **quiet)
+    train_page.select(shown(also_none), train.eval_dataset, train.eval_dataset, **quiet)
     artifacts_page.select(shown(adapters), artifacts.pick, artifacts.pick, **quiet)
     chat_page.select(shown(talkers), chats.pick, chats.pick, **quiet)
     datasets.added.change(

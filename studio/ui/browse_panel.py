@@ -1,19 +1,21 @@
 """Look at the records of a Dataset one by one; exclude, tag and edit them as a new version."""
 
-import json
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
 
-from studio.domain.conversation import Conversation, Message, PlainText, Preference, Record
 from studio.services import datasets, versions
 from studio.services.studio import Studio
 from studio.store.rows import DatasetRow
-from studio.ui import show
+from studio.ui import show, show_record
 from studio.ui.edge import shown
 
-MAX_BUBBLE_CHARACTERS = 20_000
+# Content hash of a Dataset and number of a record in it, from 1: what the panel shows.
+Place = tuple[str, int]
+NOWHERE: Place = ("", 1)
+RESTORE = "Restore"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,11 +23,13 @@ class BrowsePanel:
     """Components of the panel.
 
     Attributes:
+        place: What is shown: changes are made to it, whatever is typed into `number`.
         saved: Content hash of the version that was saved last.
     """
 
+    place: gr.State
     number: gr.Number
-    preview: gr.Chatbot
+    preview: gr.HTML
     state: gr.HTML
     exclude: gr.Button
     tags: gr.Textbox
@@ -38,6 +42,7 @@ class BrowsePanel:
     def outputs(self) -> list[Any]:
         """All that another record changes, in the order of `page`."""
         return [
+            self.place,
             self.number,
             self.preview,
             self.state,
@@ -63,9 +68,7 @@ def lay_turning() -> Turning:
     """Lay out the way from one record to another."""
     with gr.Row(elem_classes="beside"):
         back = gr.Button("← Previous", min_width=100, elem_id="dataset-back")
-        number = gr.Number(
-            1, label="Record", precision=0, minimum=1, min_width=90, elem_id="dataset-number"
-        )
+        number = gr.Number(1, label="Record", precision=0, min_width=90, elem_id="dataset-number")
         forward = gr.Button("Next →", min_width=100, elem_id="dataset-forward")
         wanted = gr.Textbox(
             label="Find text (Enter for the next)",
@@ -79,15 +82,7 @@ def lay_turning() -> Turning:
 
 def build(studio: Studio, pick: gr.Dropdown, turning: Turning) -> BrowsePanel:
     """Lay out the panel and wire its events."""
-    preview = gr.Chatbot(
-        label="Conversation",
-        height=420,
-        render_markdown=False,
-        allow_tags=False,
-        buttons=["copy"],
-        feedback_options=None,
-        elem_id="dataset-preview",
-    )
+    preview = gr.HTML(elem_id="dataset-preview")
     state = gr.HTML(elem_id="dataset-record-state")
     with gr.Row(elem_classes="beside"):
         exclude = gr.Button("Exclude", min_width=110, elem_id="dataset-exclude")
@@ -115,6 +110,7 @@ def build(studio: Studio, pick: gr.Dropdown, turning: Turning) -> BrowsePanel:
         save = gr.Button("Save as a new version", variant="primary", elem_id="dataset-version-save")
         discard = gr.Button("Discard the changes", elem_id="dataset-version-discard")
     panel = BrowsePanel(
+        place=gr.State(NOWHERE),
         number=turning.number,
         preview=preview,
         state=state,
@@ -126,115 +122,114 @@ def build(studio: Studio, pick: gr.Dropdown, turning: Turning) -> BrowsePanel:
         saved=gr.State(""),
     )
     _wire_turning(studio, panel, pick, turning)
-    _wire_changes(studio, panel, pick, (keep, twins))
-    _wire_versions(studio, panel, pick, (save, discard))
+    _wire_changes(studio, panel, (keep, twins))
+    _wire_versions(studio, panel, (save, discard))
     return panel
 
 
 def _wire_turning(studio: Studio, panel: BrowsePanel, pick: gr.Dropdown, turning: Turning) -> None:
-    def turn(sha256: str | None, at: float | None, by: int) -> list[Any]:
-        return page(studio, sha256, int(at or 1) + by)
+    def turn(place: Place, by: int) -> list[Any]:
+        sha256, at = place
+        return page(studio, sha256, at + by)
 
-    def find(sha256: str | None, at: float | None, text: str | None) -> list[Any]:
+    def find(place: Place, text: str | None) -> list[Any]:
+        sha256, at = place
         if not sha256 or not (text or "").strip():
             return [gr.skip() for _ in panel.outputs]
         row = datasets.get(studio, sha256)
-        start = int(at or 1)
-        found = datasets.find(studio.home, row, text or "", start)
+        found = datasets.find(studio.home, row, text or "", at)
         if found is None:
             found = datasets.find(studio.home, row, text or "", 0)
         if found is None:
-            gr.Info(f"No record of {row.name} holds this text.", title="Not found")
+            gr.Info(f"No record of {escape(row.name)} holds this text.", title="Not found")
             return [gr.skip() for _ in panel.outputs]
         return page(studio, sha256, found + 1)
 
     def go(sha256: str | None, at: float | None) -> list[Any]:
-        if (
-            sha256
-            and at is not None
-            and not 1 <= at <= datasets.get(studio, sha256).num_conversations
-        ):
+        wanted = 1 if at is None else int(at)
+        if sha256:
             last = datasets.get(studio, sha256).num_conversations
-            gr.Info(f"There is no record {at:.0f}: they go from 1 to {last:,}.", title="Not found")
-        return turn(sha256, at, 0)
+            if not 1 <= wanted <= last:
+                gr.Info(
+                    f"There is no record {wanted:,}: they go from 1 to {last:,}.", title="Not found"
+                )
+        return page(studio, sha256, wanted)
 
-    where = [pick, panel.number]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    turning.back.click(shown(lambda sha, at: turn(sha, at, -1)), where, panel.outputs, **quiet)
-    turning.forward.click(shown(lambda sha, at: turn(sha, at, 1)), where, panel.outputs, **quiet)
-    panel.number.submit(shown(go), where, panel.outputs, **quiet)
-    turning.wanted.submit(shown(find), [*where, turning.wanted], panel.outputs, **quiet)
+    turning.back.click(shown(lambda place: turn(place, -1)), panel.place, panel.outputs, **quiet)
+    turning.forward.click(shown(lambda place: turn(place, 1)), panel.place, panel.outputs, **quiet)
+    panel.number.submit(shown(go), [pick, panel.number], panel.outputs, **quiet)
+    turning.wanted.submit(shown(find), [panel.place, turning.wanted], panel.outputs, **quiet)
 
 
-def _wire_changes(
-    studio: Studio, panel: BrowsePanel, pick: gr.Dropdown, widgets: tuple[gr.Button, gr.Button]
-) -> None:
+def _wire_changes(studio: Studio, panel: BrowsePanel, widgets: tuple[gr.Button, gr.Button]) -> None:
     keep, twins = widgets
 
-    def exclude(sha256: str, at: float) -> list[Any]:
-        index = int(at) - 1
-        if versions.current(studio, sha256, index).is_excluded:
-            versions.restore(studio, sha256, [index])
-        else:
-            versions.exclude(studio, sha256, [index])
-        return page(studio, sha256, int(at))
+    # The button's own word decides, so that two browsers cannot undo each other by one click each.
+    def exclude(place: Place, word: str) -> list[Any]:
+        sha256, at = place
+        change = versions.restore if word == RESTORE else versions.exclude
+        change(studio, sha256, [at - 1])
+        return page(studio, *place)
 
-    def tag(sha256: str, at: float, text: str | None) -> list[Any]:
+    def tag(place: Place, text: str | None) -> list[Any]:
+        sha256, at = place
         words = [word.strip() for word in (text or "").split(",")]
-        versions.tag(studio, sha256, int(at) - 1, [word for word in words if word])
-        return page(studio, sha256, int(at))
+        versions.tag(studio, sha256, at - 1, [word for word in words if word])
+        return page(studio, *place)
 
-    def edit(sha256: str, at: float, text: str | None) -> list[Any]:
-        versions.edit(studio, sha256, int(at) - 1, text or "")
-        return page(studio, sha256, int(at))
+    def edit(place: Place, text: str | None) -> list[Any]:
+        sha256, at = place
+        versions.edit(studio, sha256, at - 1, text or "")
+        return page(studio, *place)
 
-    def drop(sha256: str, at: float) -> list[Any]:
-        dropped = versions.drop_duplicates(studio, sha256, near=True)
-        gr.Info(f"{dropped:,} duplicates and near-duplicates are excluded.", title="Duplicates")
-        return page(studio, sha256, int(at))
+    def drop(place: Place) -> list[Any]:
+        dropped = versions.drop_duplicates(studio, place[0], near=True)
+        words = f"{dropped:,} duplicates and near-duplicates are excluded."
+        gr.Info(words if dropped else "There are no duplicates.", title="Duplicates")
+        return page(studio, *place)
 
-    where = [pick, panel.number]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    panel.exclude.click(shown(exclude), where, panel.outputs, **quiet)
-    panel.tags.submit(shown(tag), [*where, panel.tags], panel.outputs, **quiet)
-    panel.tags.blur(shown(tag), [*where, panel.tags], panel.outputs, **quiet)
-    keep.click(shown(edit), [*where, panel.text], panel.outputs)
-    twins.click(shown(drop), where, panel.outputs)
+    panel.exclude.click(shown(exclude), [panel.place, panel.exclude], panel.outputs, **quiet)
+    panel.tags.submit(shown(tag), [panel.place, panel.tags], panel.outputs, **quiet)
+    panel.tags.blur(shown(tag), [panel.place, panel.tags], panel.outputs, **quiet)
+    keep.click(shown(edit), [panel.place, panel.text], panel.outputs)
+    twins.click(shown(drop), panel.place, panel.outputs)
 
 
 def _wire_versions(
-    studio: Studio, panel: BrowsePanel, pick: gr.Dropdown, widgets: tuple[gr.Button, gr.Button]
+    studio: Studio, panel: BrowsePanel, widgets: tuple[gr.Button, gr.Button]
 ) -> None:
     save, discard = widgets
 
-    def store(sha256: str) -> str:
-        row = versions.save(studio, sha256)
-        gr.Info(
-            f"Saved as {row.name}; the one that it came from is unchanged.", title="New version"
-        )
+    def store(place: Place) -> str:
+        row = versions.save(studio, place[0])
+        name = escape(row.name)
+        gr.Info(f"Saved as {name}; the one that it came from is unchanged.", title="New version")
         return row.sha256
 
-    def forget(sha256: str, at: float) -> list[Any]:
-        versions.discard(studio, sha256)
-        return page(studio, sha256, int(at))
+    def forget(place: Place) -> list[Any]:
+        versions.discard(studio, place[0])
+        return page(studio, *place)
 
-    save.click(shown(store), pick, panel.saved)
-    discard.click(shown(forget), [pick, panel.number], panel.outputs)
+    save.click(shown(store), panel.place, panel.saved)
+    discard.click(shown(forget), panel.place, panel.outputs)
 
 
 def page(studio: Studio, sha256: str | None, wanted: int) -> list[Any]:
     """Return what the panel shows for a record, counted from 1; the nearest one that there is."""
     if not sha256:
-        return [1, [], "", gr.skip(), "", "", "", gr.Row(visible=False)]
+        return [NOWHERE, 1, "", "", gr.skip(), "", "", "", gr.Row(visible=False)]
     row = datasets.get(studio, sha256)
     at = min(max(wanted, 1), row.num_conversations)
     current = versions.current(studio, sha256, at - 1)
     summary = _changes(studio, row)
     return [
+        (sha256, at),
         at,
-        bubbles(current.record),
+        show_record.record(current.record),
         _state(row, at, current),
-        "Restore" if current.is_excluded else "Exclude",
+        RESTORE if current.is_excluded else "Exclude",
         ", ".join(current.tags),
         current.text,
         summary,
@@ -266,52 +261,3 @@ def _changes(studio: Studio, row: DatasetRow) -> str:
         f"Changes that no version has yet: {words}.",
         f"{row.name} itself stays as it is; a run trains on what was saved.",
     )
-
-
-def bubbles(record: Record) -> list[dict[str, Any]]:
-    """Return a record as chat bubbles; what is no plain turn gets a titled one."""
-    if isinstance(record, PlainText):
-        return [_titled("Text", record.text)]
-    if isinstance(record, Conversation):
-        return _turns(record.messages)
-    assert isinstance(record, Preference)
-    return [
-        *_turns(record.messages),
-        *_ending("Better answer", record.chosen),
-        *_ending("Worse answer", record.rejected),
-    ]
-
-
-def _turns(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
-    for message in messages:
-        content = message.content + "".join(
-            f"\n[image: {image.ref[:80]}]" for image in message.images
-        )
-        if message.role in ("system", "developer"):
-            found.append(_titled("System message", content))
-        elif message.role == "tool":
-            found.append(_titled("Result of the tool", content))
-        else:
-            if message.reasoning_content:
-                found.append(_titled("Thinking", message.reasoning_content))
-            if message.weight == 0:
-                found.append(_titled("Answer that is not learned (weight 0)", content))
-            elif content:
-                found.append({"role": message.role, "content": content[:MAX_BUBBLE_CHARACTERS]})
-            for call in message.tool_calls:
-                arguments = json.dumps(call.arguments, ensure_ascii=False)
-                found.append(_titled(f"Calls {call.name}", arguments))
-    return found
-
-
-def _ending(title: str, messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-    return [_titled(title, message.content) for message in messages]
-
-
-def _titled(title: str, content: str) -> dict[str, Any]:
-    return {
-        "role": "assistant",
-        "content": content[:MAX_BUBBLE_CHARACTERS],
-        "metadata": {"title": title},
-    }

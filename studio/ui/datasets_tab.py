@@ -19,6 +19,7 @@ from studio.ui import (
     stats_panel,
 )
 from studio.ui.edge import shown
+from studio.ui.show_report import NOUNS
 
 EMPTY = show.empty(
     "No dataset yet",
@@ -41,7 +42,7 @@ class DatasetsTab:
 def choices(studio: Studio) -> list[tuple[str, str]]:
     """Return all Datasets as (label, content hash), newest first."""
     return [
-        (f"{row.name} · {row.num_conversations:,} {show_report.NOUNS[Kind(row.kind)]}", row.sha256)
+        (f"{row.name} · {show.counted(row.num_conversations, NOUNS[Kind(row.kind)])}", row.sha256)
         for row in datasets.listing(studio)
     ]
 
@@ -56,17 +57,17 @@ def build(studio: Studio) -> DatasetsTab:
                 label="Dataset", choices=[], interactive=True, elem_id="dataset-pick"
             )
             empty = gr.HTML(EMPTY, elem_id="dataset-empty")
-            with gr.Column(visible=False) as looking, gr.Tabs():
+            with gr.Column(visible=False) as looking, gr.Tabs(overflow_behavior="wrap"):
                 with gr.Tab("What was found"):
                     report = gr.HTML(elem_id="dataset-report")
                 with gr.Tab("Record by record"):
                     turning = browse_panel.lay_turning()
-                    with gr.Tabs():
+                    with gr.Tabs(overflow_behavior="wrap"):
                         with gr.Tab("As a conversation"):
                             browsing = browse_panel.build(studio, pick, turning)
                         with gr.Tab("As the model reads it"):
                             reading = reading_choices.build(studio, "inspect")
-                            inspect_panel.build(studio, pick, turning.number, reading)
+                            inspect_panel.build(studio, browsing.place, reading)
                 with gr.Tab("In tokens"):
                     counting = reading_choices.build(studio, "stats")
                     stats_panel.build(studio, pick, counting)
@@ -80,14 +81,14 @@ def build(studio: Studio) -> DatasetsTab:
             *browse_panel.page(studio, sha256, 1),
         ]
 
-    def choose(sha256: str) -> tuple[gr.Dropdown, str]:
-        return gr.Dropdown(choices=choices(studio), value=sha256), sha256
+    # The list changes too, and Gradio does not tell every time that its choice did.
+    def choose(sha256: str) -> list[Any]:
+        return [gr.Dropdown(choices=choices(studio), value=sha256), sha256, *look(sha256)]
 
-    pick.change(
-        shown(look), pick, [empty, looking, report, *browsing.outputs], show_progress="hidden"
-    )
+    views = [empty, looking, report, *browsing.outputs]
+    pick.change(shown(look), pick, views, show_progress="hidden")
     added = gr.State("")
     quiet: dict[str, Any] = {"show_progress": "hidden"}
-    adding.added.change(shown(choose), adding.added, [pick, added], **quiet)
-    browsing.saved.change(shown(choose), browsing.saved, [pick, added], **quiet)
+    adding.added.change(shown(choose), adding.added, [pick, added, *views], **quiet)
+    browsing.saved.change(shown(choose), browsing.saved, [pick, added, *views], **quiet)
     return DatasetsTab(pick=pick, added=added)

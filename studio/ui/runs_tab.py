@@ -121,7 +121,14 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
     listed = choices(studio)
     known = [number for _, number in listed]
     chosen = run_id if run_id in known else (known[0] if known else None)
-    picked = (("pick", listed, chosen), lambda: gr.Radio(choices=listed, value=chosen))
+
+    def pick() -> gr.Radio:
+        # A choice that stands is not sent again: it may have changed while this look was on its way.
+        if chosen == run_id:
+            return gr.Radio(choices=listed)
+        return gr.Radio(choices=listed, value=chosen)
+
+    picked = (("pick", listed, chosen), pick)
     if chosen is None:
         return [picked, *_nothing()]
     row = runs.get(studio, chosen)

@@ -9,9 +9,8 @@ from studio.domain.certificate import Certificate
 from studio.domain.preset import Preset
 from studio.domain.proof import Proof, Recall
 from studio.domain.run import RunState
-from studio.domain.validation import Issue, Report
 from studio.services.runs import Progress
-from studio.store.rows import DatasetRow, RunRow
+from studio.store.rows import RunRow
 
 MAX_SHOWN_ISSUES = 20
 
@@ -67,61 +66,9 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
-def report(row: DatasetRow, found: Report) -> str:
-    """Return what was recognised in a Dataset."""
-    share = f"{found.num_with_reasoning} of {found.num_conversations}"
-    cells = [
-        ("conversations", count(found.num_conversations)),
-        ("messages", count(found.num_messages)),
-        ("with several questions", count(found.num_multi_turn)),
-        ("with a system message", count(found.num_with_system)),
-        ("with reasoning", share if found.num_with_reasoning else "none"),
-        ("with tool calls", count(found.num_with_tools) if found.num_with_tools else "none"),
-        ("stored", size(row.size_bytes)),
-        ("content hash", row.sha256[:8]),
-    ]
-    head = f"Recognised as {found.format}: {found.num_conversations} of {found.num_conversations}"
-    return (
-        notice("good", f"{head} records.", f"from {row.source_name}, added {ago(row.created_at)}")
-        + '<div style="height:10px"></div>'
-        + facts(cells)
-        + issues(found)
-    )
-
-
-def issues(found: Report) -> str:
-    """Return the findings of a Report as a table; empty without findings."""
-    if not found.issues:
-        return ""
-    rows = "".join(_issue_row(issue) for issue in found.issues[:MAX_SHOWN_ISSUES])
-    more = found.num_errors + found.num_warnings - MAX_SHOWN_ISSUES
-    tail = f"<p>and {more} more findings</p>" if more > 0 else ""
-    return (
-        '<div class="scroll"><table class="findings"><tr><th>line</th><th>where</th><th>what</th>'
-        f"<th>found</th></tr>{rows}</table></div>{tail}"
-    )
-
-
-def _issue_row(issue: Issue) -> str:
-    line = str(issue.line) if issue.line else "file"
-    return (
-        f"<tr><td>{line}</td><td><code class='path'>{escape(issue.path)}</code></td>"
-        f"<td>{escape(issue.reason)}</td><td><code class='path'>{escape(issue.value)}</code></td>"
-        "</tr>"
-    )
-
-
-def rejected(name: str, found: Report) -> str:
-    """Return why a file was not accepted."""
-    errors = f"{found.num_errors} error{'s' if found.num_errors != 1 else ''}"
-    lines = f"{found.num_lines} line{'s' if found.num_lines != 1 else ''}"
-    return notice(
-        "bad",
-        f"{name} was not stored: {errors} in {lines}."
-        if found.num_lines
-        else f"{name} was not stored.",
-        "Correct what stands below and upload it again; nothing of it was kept.",
-    ) + issues(found)
+def counted(number: int, things: str) -> str:
+    """Return a number of things, as in `1 conversation` or `1,204 conversations`."""
+    return f"{number:,} {things.removesuffix('s') if number == 1 else things}"
 
 
 def preset(found: Preset) -> str:

@@ -1,12 +1,12 @@
 """What was found in a file, as HTML. Every text that a file holds is escaped."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from studio.domain.conversation import Kind
 from studio.domain.validation import Issue, Report
 from studio.store.rows import DatasetRow
-from studio.ui.show import ago, count, facts, notice, size
+from studio.ui.show import ago, count, counted, facts, notice, size
 
 MAX_SHOWN_ISSUES = 20
 NOUNS = {
@@ -19,12 +19,12 @@ _GAP = '<div style="height:10px"></div>'
 
 def welcome(row: DatasetRow, *, is_new: bool) -> str:
     """Return the banner of a file that became a Dataset, or was one already."""
-    what = f"{count(row.num_conversations)} {NOUNS[Kind(row.kind)]}"
+    what = counted(row.num_conversations, NOUNS[Kind(row.kind)])
     if not is_new:
         return notice("info", f"The same content is there already, as {row.name}: {what}.")
     found = Report.model_validate(row.report)
     dropped = f", {count(found.num_rejected)} dropped" if found.num_rejected else ""
-    warned = f"; {found.num_warnings} warnings" if found.num_warnings else ""
+    warned = f"; {counted(found.num_warnings, 'warnings')}" if found.num_warnings else ""
     return notice(
         "good",
         f"{row.name} is ready: {what}{dropped}{warned}.",
@@ -32,16 +32,22 @@ def welcome(row: DatasetRow, *, is_new: bool) -> str:
     )
 
 
-def rejected(name: str, found: Report, *, num_behind: int = 0) -> str:
-    """Return why a file was not stored, and what can be done about it."""
+def rejected(name: str, found: Report, behind: Sequence[str] = ()) -> str:
+    """Return why a file was not stored, and what can be done about it.
+
+    Args:
+        name: The file.
+        found: Its Report.
+        behind: Files with faults that are shown after it.
+    """
+    later = f" After it: {', '.join(behind)}." if behind else ""
     if found.columns:
         return notice(
             "info",
             f"{name} is a table with {len(found.columns)} columns that no known format has.",
-            "Say below which column holds what; nothing is stored before.",
+            f"Say below which column holds what; nothing is stored before.{later}",
         )
-    errors = f"{count(found.num_errors)} error{'s' if found.num_errors != 1 else ''}"
-    lines = f"{count(found.num_lines)} line{'s' if found.num_lines != 1 else ''}"
+    errors, lines = counted(found.num_errors, "errors"), counted(found.num_lines, "lines")
     head = (
         f"{name} was not stored: {errors} in {lines}."
         if found.num_lines
@@ -50,12 +56,10 @@ def rejected(name: str, found: Report, *, num_behind: int = 0) -> str:
     hint = "Correct what stands below and add it again."
     if found.is_salvageable:
         hint = (
-            f"{count(found.num_conversations)} {NOUNS[found.kind]} are good: keep them and drop "
-            "the others, or correct the file and add it again."
+            f"Good: {counted(found.num_conversations, NOUNS[found.kind])}. Keep them and drop the "
+            "others, or correct the file and add it again."
         )
-    if num_behind:
-        hint += f" {num_behind} more file{'s' if num_behind > 1 else ''} with faults after this."
-    return notice("bad", head, hint) + counts(found.counts) + issues(found)
+    return notice("bad", head, hint + later) + counts(found.counts) + issues(found)
 
 
 def report(row: DatasetRow, found: Report) -> str:
@@ -84,11 +88,30 @@ def report(row: DatasetRow, found: Report) -> str:
     )
     return (
         notice("good", head, _where_from(row))
+        + _verdict(found)
         + _GAP
         + facts(cells)
         + counts(found.counts)
         + issues(found)
     )
+
+
+def _verdict(found: Report) -> str:
+    """Say what keeps a Dataset from being trained on, before a run does."""
+    if found.kind is Kind.PREFERENCES:
+        return notice(
+            "bad",
+            "These are preference pairs: no preset trains on them yet.",
+            "They are kept and can be looked at; training needs conversations or texts.",
+        )
+    if found.num_with_images:
+        return notice(
+            "bad",
+            f"{counted(found.num_with_images, 'conversations')} with images: the presets read text "
+            "only, and a run refuses them.",
+            "Exclude them under Record by record, and save a version.",
+        )
+    return ""
 
 
 def _where_from(row: DatasetRow) -> str:

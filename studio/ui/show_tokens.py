@@ -2,6 +2,7 @@
 
 from html import escape
 
+from studio.domain.reading import Truncation
 from studio.tokens.sandbox import Inspection, Piece, Shown
 from studio.ui.show import count, notice
 
@@ -16,8 +17,13 @@ KINDS = {
 }
 
 
-def inspection(found: Inspection) -> str:
-    """Return every example of a record; the number of a token shows when the pointer is on it."""
+def inspection(found: Inspection, rule: Truncation) -> str:
+    """Return every example of a record; the number of a token shows when the pointer is on it.
+
+    Args:
+        found: What the model reads.
+        rule: What happens to long examples.
+    """
     if not found.examples:
         return notice(
             "bad",
@@ -32,7 +38,7 @@ def inspection(found: Inspection) -> str:
             "each question is learned with the history as it will stand at inference.",
         )
     views = "".join(
-        _example(number, len(found.examples), example)
+        _example(number, len(found.examples), example, rule)
         for number, example in enumerate(found.examples, start=1)
     )
     return f'{_legend()}{several}<div class="tokens">{views}</div>'
@@ -46,14 +52,18 @@ def _legend() -> str:
     )
 
 
-def _example(number: int, total: int, found: Shown) -> str:
+def _example(number: int, total: int, found: Shown, rule: Truncation) -> str:
     share = found.supervised / max(1, found.tokens)
     words = [f"{count(found.tokens)} tokens", f"{count(found.supervised)} learned ({share:.0%})"]
-    if found.lost_tokens:
+    # Nothing is cut when the run refuses to start.
+    is_refused = bool(found.lost_tokens) and rule.policy == "refuse"
+    if is_refused:
+        words.append(f"longer than {count(rule.max_length_tokens or 0)}: a run refuses to start")
+    elif found.lost_tokens:
         words.append(
             f"{count(found.lost_tokens)} cut, {count(found.lost_supervised)} of them learned"
         )
-    if found.trained != 1:
+    if not is_refused and found.trained != 1:
         words.append(
             f"split into {found.trained} examples" if found.trained else "nothing is left to train"
         )
@@ -61,18 +71,18 @@ def _example(number: int, total: int, found: Shown) -> str:
         words.append("its thinking is not written by this model's template")
     head = f"Example {number} of {total} · " if total > 1 else ""
     more = f"<p>and {count(found.num_not_shown)} more tokens</p>" if found.num_not_shown > 0 else ""
-    body = "".join(_piece(piece) for piece in found.pieces)
+    body = "".join(_piece(piece, shows_cuts=not is_refused) for piece in found.pieces)
     return (
         f'<div class="under"><span>{head}{" · ".join(words)}</span></div>'
         f'<div class="tokenbox" tabindex="0" role="group" aria-label="tokens">{body}{more}</div>'
     )
 
 
-def _piece(piece: Piece) -> str:
+def _piece(piece: Piece, *, shows_cuts: bool) -> str:
     classes = ["t", piece.kind]
     if piece.supervised:
         classes.append("learned")
-    if not piece.kept:
+    if shows_cuts and not piece.kept:
         classes.append("cut")
     tokens = "".join(
         f'<i data-id="{token}">{_text(text)}</i>'

@@ -1,9 +1,11 @@
 """A Dataset in a model's own tokens: lengths against a cutoff, and what the cutoff costs."""
 
+from functools import partial
 from typing import Any
 
 import gradio as gr
 
+from studio.errors import StudioError
 from studio.services import readings
 from studio.services.studio import Studio
 from studio.ui import reading_choices, show, show_stats
@@ -19,14 +21,12 @@ def build(studio: Studio, pick: gr.Dropdown, choices: Choices) -> gr.HTML:
     figures = gr.HTML(FIRST, elem_id="dataset-stats")
 
     def counted(sha256: str | None, *values: Any, progress: Any = gr.Progress()) -> str:
-        model, data = reading_choices.read(values)
-        found = readings.statistics(
-            studio,
-            sha256 or "",
-            model,
-            data,
-            progress=lambda share: progress(share, desc="Tokenising"),
-        )
+        step = partial(progress, desc="Tokenising")
+        try:
+            model, data = reading_choices.read(values)
+            found = readings.statistics(studio, sha256 or "", model, data, progress=step)
+        except StudioError as error:
+            return show.notice("bad", error.message, error.hint)
         return show_stats.statistics(found, model.id)
 
     count.click(shown(counted), [pick, *choices.components], figures, show_progress_on=figures)

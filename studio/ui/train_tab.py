@@ -13,12 +13,14 @@ from studio.domain.preset import find_preset
 from studio.domain.spec import JobSpec, spec_to_yaml
 from studio.domain.targets import GROUP_TITLES, TargetGroup
 from studio.errors import InputError, StudioError
-from studio.services import datasets, models, readings, runs
+from studio.services import datasets, mixtures, models, readings, runs
 from studio.services.studio import Studio
 from studio.ui import form, show, show_stats
 from studio.ui.datasets_tab import choices
 from studio.ui.edge import shown
 
+EVAL_DATASET = "data.eval_dataset"
+NO_DATASET = ("none", "")
 SIMPLE = ("data.dataset", "preset", "lora.targets", "train.epochs")
 MAX_SPEC_BYTES = 256 * 1024
 
@@ -28,6 +30,7 @@ class TrainTab:
     """Components that other tabs and the page's start refer to."""
 
     dataset: gr.Dropdown
+    eval_dataset: gr.Dropdown
     fields: list[gr.components.Component]
     derived: list[gr.components.Component]
     launched: gr.State
@@ -59,7 +62,7 @@ def build(studio: Studio) -> TrainTab:
             yaml, apply, load, download = _yaml_box()
     launched = gr.State(0)
     fields = [by_key[leaf.key] for leaf in leaves]
-    derived = [by_key["lora.targets"], card, total, trouble, yaml, download]
+    derived = [by_key["lora.targets"], card, total, trouble, yaml, download, epoch]
 
     mode.change(lambda name: gr.Column(visible=name == "Advanced"), mode, advanced)
     _wire_fields(studio, leaves, by_key, derived)
@@ -77,6 +80,7 @@ def build(studio: Studio) -> TrainTab:
     count.click(shown(counted), fields, epoch, show_progress_on=epoch)
     return TrainTab(
         dataset=by_key["data.dataset"],  # type: ignore[arg-type]
+        eval_dataset=by_key[EVAL_DATASET],  # type: ignore[arg-type]
         fields=fields,
         derived=derived,
         launched=launched,
@@ -159,6 +163,8 @@ def start_values(studio: Studio) -> list[Any]:
     values = _fill(studio, leaves, spec)
     index = [leaf.key for leaf in leaves].index("data.dataset")
     values[index] = gr.Dropdown(choices=found, value=dataset or None)
+    index = [leaf.key for leaf in leaves].index(EVAL_DATASET)
+    values[index] = gr.Dropdown(choices=[NO_DATASET, *found], value="")
     return values
 
 
@@ -204,6 +210,7 @@ def _advanced_fields(
     leaves: Sequence[form.Leaf], by_key: dict[str, gr.components.Component]
 ) -> None:
     remaining = [leaf for leaf in leaves if leaf.key not in SIMPLE]
+    make = {EVAL_DATASET: _dataset_component}
     with gr.Row():
         for leaf in remaining:
             if len(leaf.path) == 1:
@@ -214,7 +221,19 @@ def _advanced_fields(
             with gr.Row():
                 for leaf in remaining:
                     if len(leaf.path) > 1 and leaf.path[0] == section:
-                        by_key[leaf.key] = form.component(leaf)
+                        by_key[leaf.key] = make.get(leaf.key, form.component)(leaf)
+
+
+def _dataset_component(leaf: form.Leaf) -> gr.components.Component:
+    return gr.Dropdown(
+        choices=[NO_DATASET],
+        value="",
+        label=leaf.title,
+        info=leaf.field.description,
+        interactive=True,
+        min_width=200,
+        elem_id=f"field-{leaf.key.replace('.', '-')}",
+    )
 
 
 def _fill(studio: Studio, leaves: Sequence[form.Leaf], spec: JobSpec) -> list[Any]:
@@ -223,7 +242,7 @@ def _fill(studio: Studio, leaves: Sequence[form.Leaf], spec: JobSpec) -> list[An
 
 
 def _derive(studio: Studio, leaves: Sequence[form.Leaf], values: Sequence[Any]) -> list[Any]:
-    """Return target choices, preset card, total, trouble, YAML and download for some values."""
+    """Return target choices, card, total, trouble, YAML, download and epoch for some values."""
     named = dict(zip((leaf.key for leaf in leaves), values, strict=True))
     card = show.preset(find_preset(studio.presets, named["preset"])) if named["preset"] else ""
     try:
@@ -231,6 +250,7 @@ def _derive(studio: Studio, leaves: Sequence[form.Leaf], values: Sequence[Any]) 
         counts = models.trainable_parameters(studio, spec.model.id, spec.lora.rank)
         if spec.data.dataset:
             models.check_targets(studio, spec)
+            mixtures.for_training(studio, spec)
     except StudioError as error:
         return [
             gr.skip(),
@@ -239,6 +259,7 @@ def _derive(studio: Studio, leaves: Sequence[form.Leaf], values: Sequence[Any]) 
             show.notice("bad", error.message, error.hint),
             gr.skip(),
             gr.skip(),
+            "",
         ]
     text = spec_to_yaml(spec)
     return [
@@ -250,6 +271,7 @@ def _derive(studio: Studio, leaves: Sequence[form.Leaf], values: Sequence[Any]) 
         "",
         text,
         gr.DownloadButton(value=_yaml_file(text)),
+        "",  # what was counted before is of another spec
     ]
 
 
@@ -288,8 +310,7 @@ def _yaml_file(text: str) -> str:
 
 
 def _with_known_dataset(studio: Studio, spec: JobSpec) -> JobSpec:
-    """Return the spec with its Dataset named by content hash, as the form's list has it."""
-    if not spec.data.dataset:
-        return spec
-    row = datasets.get(studio, spec.data.dataset)
-    return spec.model_copy(update={"data": spec.data.model_copy(update={"dataset": row.sha256})})
+    """Return the spec with the Datasets of the form's lists named by content hash."""
+    names = {"dataset": spec.data.dataset, "eval_dataset": spec.data.eval_dataset}
+    known = {field: datasets.get(studio, name).sha256 for field, name in names.items() if name}
+    return spec.model_copy(update={"data": spec.data.model_copy(update=known)})

@@ -141,7 +141,7 @@ def test_bad_input_is_answered_in_words(shell: Shell, tmp_path: Path) -> None:
     text.write_text('{"messages": oops}\n')
     spec = tmp_path / "spec.yaml"
     assert "line 1, messages[0].role" in shell.refusal("dataset", "add", str(bad))
-    assert "is empty" in shell.refusal("dataset", "add", str(empty))
+    assert "holds no records" in shell.refusal("dataset", "add", str(empty))
     assert "line 1: not JSON" in shell.refusal("dataset", "check", str(text))
     assert "There is no file" in shell.refusal("dataset", "add", str(tmp_path / "none.jsonl"))
     assert shell.values("dataset", "list") == [

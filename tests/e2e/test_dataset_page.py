@@ -16,6 +16,7 @@ from tests.e2e.conftest import Running
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM_GOOD = 12
+EVIL = "<img src=x onerror=alert(1)><b>bold</b>"
 THOUGHT = "They ask about the tide."
 
 
@@ -57,6 +58,23 @@ def rows(running: Running, query: str) -> list[Any]:
         return connection.execute(query).fetchall()
 
 
+def test_the_first_dataset_is_shown_at_once_and_literally(watched: Watched, tmp_path: Path) -> None:
+    page, file = watched.page, tmp_path / "first.jsonl"
+    talk = tide(0)
+    talk["messages"][1]["content"] = EVIL
+    file.write_text(lines(talk))
+    expect(add(page, file)).to_contain_text("first is ready: 1 conversation.")
+    expect(page.locator("#dataset-report")).to_contain_text("1 of 1 records")
+    tab(page, "Record by record")
+    preview = page.locator("#dataset-preview")
+    expect(preview.locator(".bubble.user").first).to_contain_text(EVIL)
+    assert preview.locator("img, b b, .bubble div b").count() == 0
+    tab(page, "As the model reads it")
+    expect(page.locator("#dataset-tokens")).to_contain_text(EVIL)
+    tab(page, "As a conversation")
+    tab(page, "What was found")
+
+
 def test_good_lines_are_kept_with_one_click_and_the_rejects_are_downloaded(
     watched: Watched, running: Running, tmp_path: Path
 ) -> None:
@@ -65,7 +83,7 @@ def test_good_lines_are_kept_with_one_click_and_the_rejects_are_downloaded(
     file.write_text(lines(good[0], {"messages": [{"role": "bot", "content": "x"}]}, *good[1:]))
     answer = add(page, file)
     expect(answer).to_contain_text("tides.jsonl was not stored: 1 error in 13 lines")
-    assert rows(running, "SELECT count(*) FROM datasets") == [(0,)]
+    assert rows(running, "SELECT name FROM datasets") == [("first",)]
     with page.expect_download() as downloading:
         page.locator("#dataset-rejects").click()
     rejects = read_download(downloading.value, tmp_path)
@@ -75,7 +93,9 @@ def test_good_lines_are_kept_with_one_click_and_the_rejects_are_downloaded(
     page.locator("#dataset-keep").click()
     expect(answer).to_contain_text(f"tides is ready: {NUM_GOOD} conversations, 1 dropped")
     expect(page.locator("#dataset-report")).to_contain_text(f"{NUM_GOOD} of 13 records")
-    assert rows(running, "SELECT num_conversations FROM datasets") == [(NUM_GOOD,)]
+    assert rows(running, "SELECT num_conversations FROM datasets WHERE name = 'tides'") == [
+        (NUM_GOOD,)
+    ]
 
 
 def read_download(download: Download, folder: Path) -> list[Any]:
@@ -103,7 +123,7 @@ def test_a_table_is_read_once_its_columns_are_named(watched: Watched, tmp_path: 
     choose(page, "dataset-column-user", "Frage")
     choose(page, "dataset-column-assistant", "Antwort")
     page.locator("#dataset-columns-use").click()
-    expect(answer).to_contain_text("tabelle is ready: 1 conversations")
+    expect(answer).to_contain_text("tabelle is ready: 1 conversation")
 
 
 def test_a_path_on_the_server_is_added_and_a_wrong_one_is_said(
@@ -145,6 +165,10 @@ def test_the_inspector_follows_model_thinking_and_cutoff(watched: Watched) -> No
     choose(page, "inspect-thinking", "train")
     choose(page, "inspect-model", "Tiny Qwen3-Next (random weights)")
     expect(view).to_contain_text("not written by this model's template")
+    type_in(page, "inspect-cutoff", "few")
+    page.locator("#inspect-cutoff input, #inspect-cutoff textarea").press("Enter")
+    expect(page.locator("#dataset-tokens")).to_contain_text("data.max_length_tokens is 'few'")
+    expect(view).to_have_count(0)
     choose(page, "inspect-truncation", "cut")
     type_in(page, "inspect-cutoff", "48")
     page.locator("#inspect-cutoff input, #inspect-cutoff textarea").press("Enter")
@@ -175,7 +199,10 @@ def test_a_changed_record_becomes_a_version_and_the_original_stays(
     before = running.home.dataset(sha256).read_bytes()
     tab(page, "Record by record")
     tab(page, "As a conversation")
+    # What is shown is changed, not what is typed and not gone to.
+    type_in(page, "dataset-number", "9")
     page.locator("#dataset-exclude").click()
+    expect(page.locator("#dataset-record-state")).to_contain_text("1 of 12 · excluded")
     expect(page.locator("#dataset-changes")).to_contain_text("1 excluded")
     page.locator("#dataset-forward").click()
     expect(page.locator("#dataset-preview")).to_contain_text("When is high tide 1?")
@@ -190,7 +217,8 @@ def test_a_changed_record_becomes_a_version_and_the_original_stays(
     ((parent, text),) = rows(
         running, "SELECT parent_id, sha256 FROM datasets WHERE name = 'tides-2'"
     )
-    assert parent == 1
+    ((tides,),) = rows(running, "SELECT id FROM datasets WHERE name = 'tides'")
+    assert parent == tides
     assert b'"tags":["checked","tide"]' in running.home.dataset(text).read_bytes()
     assert running.home.dataset(sha256).read_bytes() == before
 

@@ -4,6 +4,8 @@ const MIB = 2 ** 20;
 // A piece takes about a second, so that progress shows on any line; what arrived of one that broke
 // is kept. Large pieces on fast lines: with 16 MiB 400 MiB took 2.9 s, with 64 MiB 2.4 s.
 const SMALLEST = MIB / 4, FIRST = 4 * MIB, LARGEST = 64 * MIB, WANTED_MS = 1000;
+// Refusals that may pass; any other 4xx stands however often it is asked.
+const PASSING = [404, 408, 409, 423, 429, 500, 502, 503, 504];
 const TRIES = 10, LONGEST_WAIT_MS = 15000;
 const ROUTE = new URL('uploads', location.href);
 const box = element.querySelector('.uploads');
@@ -23,6 +25,8 @@ const size = (bytes) => bytes >= 1000 * MIB ? `${(bytes / 1024 / MIB).toFixed(2)
   : bytes >= 1024 ? `${(bytes / 1024).toFixed(0)} KiB` : `${bytes} bytes`;
 const duration = (seconds) => seconds < 90 ? `${Math.max(1, Math.round(seconds))} s`
   : seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+// In a sentence, control and bidi characters of a file name would change how the rest of it reads.
+const plain = (name) => name.replace(/[\u0000-\u001f\u007f-\u009f\u202a-\u202e\u2066-\u2069]/g, '\ufffd');
 const say = (text) => { status.textContent = text; };
 const key = (file) => `studio-upload:${file.name}:${file.size}:${file.lastModified}`;
 // Without storage (private windows of some browsers) only going on after a reload is lost.
@@ -47,7 +51,7 @@ const ask = async (method, id, headers = {}, body, signal) => {
 // ---- what is shown ----
 
 const show = (item) => {
-  const share = Math.floor((item.offset / item.file.size) * 100);
+  const share = item.file.size ? Math.floor((item.offset / item.file.size) * 100) : 0;
   item.node.className = `upload ${item.state}`;
   item.bar.firstChild.style.width = `${share}%`;
   item.bar.setAttribute('aria-valuenow', share);
@@ -61,26 +65,36 @@ const show = (item) => {
   item.bar.hidden = item.state === 'done' || item.state === 'failed';
   item.hash.textContent = item.hash.title = item.sha256 ? `sha256 ${item.sha256}` : '';
   const pausable = ['queued', 'sending', 'waiting'].includes(item.state);
-  item.pause.hidden = item.state === 'done';
+  const over = item.state === 'done' || item.final;
+  item.pause.hidden = over;
   item.pause.textContent = pausable ? 'Pause' : item.state === 'paused' ? 'Continue' : 'Try again';
-  item.pause.setAttribute('aria-label', `${item.pause.textContent} ${item.file.name}`);
-  item.cancel.textContent = item.state === 'done' ? 'Hide' : 'Cancel';
-  item.cancel.setAttribute('aria-label', `${item.cancel.textContent} ${item.file.name}`);
+  item.pause.setAttribute('aria-label', `${item.pause.textContent} ${item.name}`);
+  item.cancel.textContent = over ? 'Hide' : 'Cancel';
+  item.cancel.setAttribute('aria-label', `${item.cancel.textContent} ${item.name}`);
   item.cancel.hidden = item.state === 'done' && !item.given;
+  reach();
+};
+// A list that scrolls is a stop of the Tab key, so that the arrow keys scroll it.
+const reach = () => { list.tabIndex = list.scrollHeight > list.clientHeight ? 0 : -1; };
+// Only the list scrolls, never the page, and not under somebody's fingers.
+const follow = (item) => {
+  if (list.matches(':hover, :focus-within')) return;
+  const top = item.node.offsetTop, bottom = top + item.node.offsetHeight;
+  if (top < list.scrollTop || bottom > list.scrollTop + list.clientHeight) list.scrollTop = bottom - list.clientHeight;
 };
 
 const add = (file) => {
   if (items.some((other) => key(other.file) === key(file) && other.state !== 'done')) {
-    say(`${file.name} is in the list already.`);
+    say(`${plain(file.name)} is in the list already.`);
     return;
   }
-  const item = { file, id: null, offset: 0, state: 'queued', note: '', sha256: '', speed: 0, tries: 0, resumed: '',
-    piece: FIRST, given: false, stop: null, wake: null, node: make('li', 'upload') };
-  const name = make('b', '', file.name), row = make('div', 'uploadrow'), buttons = make('span', 'uploadbuttons');
-  name.dir = 'auto';
+  const item = { file, name: plain(file.name), id: null, offset: 0, state: 'queued', note: '', sha256: '', speed: 0, tries: 0, resumed: '',
+    piece: FIRST, given: false, final: false, stop: null, wake: null, node: make('li', 'upload') };
+  const name = make('b'), row = make('div', 'uploadrow'), buttons = make('span', 'uploadbuttons');
+  name.append(make('bdi', '', file.name));
   item.bar = make('div', 'meter'); item.bar.append(make('i'));
   for (const [attribute, value] of [['role', 'progressbar'], ['aria-valuemin', 0], ['aria-valuemax', 100],
-    ['aria-label', file.name]]) item.bar.setAttribute(attribute, value);
+    ['aria-label', item.name]]) item.bar.setAttribute(attribute, value);
   item.text = make('span', 'uploadtext'); item.hash = make('code', 'uploadhash');
   item.pause = make('button'); item.cancel = make('button');
   for (const button of [item.pause, item.cancel]) button.type = 'button';
@@ -97,7 +111,8 @@ const add = (file) => {
 // ---- what the user does ----
 
 const take = (files) => {
-  for (const item of items.filter((each) => each.given)) remove(item);
+  if (!files.length) return;
+  for (const item of items.filter((each) => each.given || each.final)) remove(item);
   for (const file of files) add(file);
   next();
 };
@@ -106,9 +121,9 @@ const interrupt = (item, state) => {
   item.stop?.abort(); item.wake?.();
   show(item);
 };
-const pause = (item) => { interrupt(item, 'paused'); say(`${item.file.name} is paused.`); if (current !== item) next(); };
+const pause = (item) => { interrupt(item, 'paused'); say(`${item.name} is paused.`); if (current !== item) next(); };
 const go_on = (item) => { item.tries = 0; item.state = 'queued'; show(item); next(); };
-const remove = (item) => { items.splice(items.indexOf(item), 1); item.node.remove(); };
+const remove = (item) => { items.splice(items.indexOf(item), 1); item.node.remove(); reach(); };
 const cancel = (item) => {
   const was = item.state;
   interrupt(item, 'cancelled');
@@ -116,7 +131,7 @@ const cancel = (item) => {
   remove(item);
   picker.focus();
   if (was !== 'done') {
-    say(`${item.file.name} is cancelled.`);
+    say(item.final ? '' : `${item.name} is cancelled.`);
     // What cannot be deleted now is swept by the studio within the hour.
     if (item.id) ask('DELETE', item.id).catch(() => undefined);
   }
@@ -128,10 +143,16 @@ const cancel = (item) => {
 const next = async () => {
   if (current) return;
   current = items.find((item) => item.state === 'queued') || null;
-  if (!current) { hand_over(); return; }
+  if (!current) {
+    hand_over();
+    const failed = items.find((item) => item.state === 'failed');
+    if (failed) follow(failed);
+    return;
+  }
   const item = current;
   item.state = 'sending';
   show(item);
+  follow(item);
   while (item.state === 'sending') {
     try { await send(item); } catch (error) { await mend(item, error); }
   }
@@ -150,13 +171,13 @@ const find = async (item) => {
         item.sha256 = answer.headers.get('Upload-Sha256') || '';
         if (!before && item.offset) {
           item.resumed = ` went on at ${Math.floor((item.offset / item.file.size) * 100)} %`;
-          say(`${item.file.name} has begun already and${item.resumed}.`);
+          say(`${item.name} has begun already and${item.resumed}.`);
         }
         return;
       }
     } catch (error) {
       if (error.status !== 404) throw error;
-      if (item.offset) say(`The studio kept the first part of ${item.file.name} no longer; it starts again.`);
+      if (item.offset) say(`The studio kept the first part of ${item.name} no longer; it starts again.`);
     }
   }
   item.offset = 0;
@@ -186,27 +207,30 @@ const send = async (item) => {
   if (item.state !== 'sending') return;
   item.state = 'done';
   show(item);
-  say(`${item.file.name}${item.resumed ? `${item.resumed} and` : ''} has arrived.`);
+  say(`${item.name}${item.resumed ? `${item.resumed} and` : ''} has arrived.`);
 };
 
 const mend = async (item, error) => {
   if (item.state !== 'sending') return;  // paused or cancelled: the abort is ours
-  const fail = (words) => { item.state = 'failed'; item.note = words; item.speed = 0; show(item); say(`${item.file.name}: ${words}`); };
-  const passes = !error.status || [404, 408, 409, 423, 429, 500, 502, 503, 504].includes(error.status);
-  if (!passes) { fail(error.message); return; }
+  const fail = (words, final) => {
+    Object.assign(item, { state: 'failed', note: words, speed: 0, final });
+    show(item);
+    say(`${item.name}: ${words}`);
+  };
+  if (error.status && !PASSING.includes(error.status)) { fail(error.message, error.status < 500); return; }
   if (error.status === 404) item.id = null;
   try { await item.file.slice(0, 1).arrayBuffer(); } catch {
-    fail('The file was changed, moved or deleted; choose it again.');
+    fail('The file was changed, moved or deleted; choose it again.', true);
     forget(item.file);
     return;
   }
   item.tries += 1;
-  if (item.tries >= TRIES) { fail(`${error.status ? error.message : 'The studio does not answer.'} What has arrived is kept for an hour.`); return; }
+  if (item.tries >= TRIES) { fail(`${error.status ? error.message : 'The studio does not answer.'} What has arrived is kept for an hour.`, false); return; }
   const wait = Math.min(LONGEST_WAIT_MS, 250 * 2 ** item.tries);
   item.state = 'waiting'; item.speed = 0;
   item.note = `${error.status ? error.message : 'the studio does not answer'} Trying again in ${duration(wait / 1000)} (${item.tries} of ${TRIES - 1})`;
   show(item);
-  if (item.tries === 2) say(`${item.file.name}: ${item.note}`);
+  if (item.tries === 2) say(`${item.name}: ${item.note}`);
   await new Promise((resolve) => { item.wake = resolve; setTimeout(resolve, wait); });
   item.wake = null;
   if (item.state === 'waiting') item.state = 'sending';

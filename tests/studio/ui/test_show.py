@@ -9,13 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from studio.domain.certificate import Certificate, PromptCheck
+from studio.domain.conversation import (
+    Conversation,
+    Image,
+    Message,
+    PlainText,
+    Preference,
+    ToolCall,
+)
 from studio.domain.preset import Needs, Preset
 from studio.domain.proof import Answer, Proof, Recall
+from studio.domain.reading import Truncation
 from studio.domain.run import RunState
 from studio.domain.validation import Issue, Report
 from studio.services.runs import Progress
 from studio.store.rows import DatasetRow, RunRow
-from studio.ui import show
+from studio.tokens.sandbox import Inspection, Piece, Shown
+from studio.ui import show, show_record, show_report, show_tokens
 
 EVIL = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>&amp;"
 
@@ -63,7 +73,15 @@ def run(state: RunState = RunState.RUNNING, **changes: object) -> RunRow:
 
 def dataset(name: str = "d", source_name: str = "d.jsonl") -> DatasetRow:
     return DatasetRow(
-        name=name, source_name=source_name, sha256="0" * 64, size_bytes=2048, created_at=1.0
+        name=name,
+        source_name=source_name,
+        sha256="0" * 64,
+        size_bytes=2048,
+        created_at=1.0,
+        num_conversations=3,
+        kind="conversations",
+        source={"type": "upload", "name": source_name, "revision": source_name},
+        report={},
     )
 
 
@@ -120,15 +138,48 @@ def preset(text: str = "", **needs: Any) -> Preset:
 
 ISSUE = Issue(line=3, path=EVIL, value=EVIL, reason=EVIL)
 REPORT = Report(format=EVIL, num_errors=1, num_lines=1, issues=(ISSUE,))
+CALL = ToolCall(name=EVIL, arguments={EVIL: EVIL})
+TALK = Conversation(
+    messages=(
+        Message(role="system", content=EVIL),
+        Message(role="user", content=EVIL, images=(Image(at=0, ref=EVIL),)),
+        Message(role="assistant", content=EVIL, reasoning_content=EVIL, tool_calls=(CALL,)),
+        Message(role="tool", content=EVIL),
+        Message(role="assistant", content=EVIL, weight=0),
+    )
+)
+PAIR = Preference(messages=(), chosen=TALK.messages, rejected=TALK.messages)
+PIECE = Piece(kind="user", supervised=True, kept=True, tokens=(1, 2), texts=(EVIL, ""))
+SEEN = Inspection(
+    examples=(
+        Shown(
+            pieces=(PIECE,),
+            tokens=2,
+            supervised=1,
+            trained=1,
+            lost_tokens=0,
+            lost_supervised=0,
+            unwritten=1,
+            num_not_shown=0,
+        ),
+    ),
+    is_fast=True,
+    why_slow="",
+)
 WORDS = {"type": EVIL, "message": EVIL, "hint": EVIL}
 
 SHOWN = {
     "empty": show.empty(EVIL, EVIL),
     "notice": show.notice("good", EVIL, EVIL),
     "facts": show.facts([(EVIL, EVIL)]),
-    "report": show.report(dataset(EVIL, EVIL), REPORT),
-    "issues": show.issues(REPORT),
-    "rejected": show.rejected(EVIL, REPORT),
+    "report": show_report.report(dataset(EVIL, EVIL), REPORT),
+    "issues": show_report.issues(REPORT),
+    "rejected": show_report.rejected(EVIL, REPORT, [EVIL]),
+    "welcome": show_report.welcome(dataset(EVIL), is_new=False),
+    "record": show_record.record(TALK),
+    "preference": show_record.record(PAIR),
+    "text": show_record.record(PlainText(text=EVIL)),
+    "tokens": show_tokens.inspection(SEEN, Truncation()),
     "preset": show.preset(preset(EVIL, gpu_memory_gib=80, memory_basis=EVIL)),
     "chip": show.chip(EVIL),
     "run_head": show.run_head(run(RunState.FAILED, name=EVIL, error=WORDS), progress()),
@@ -231,17 +282,17 @@ def test_a_moment_of_another_day_is_a_date() -> None:
 
 
 def test_no_findings_are_no_table() -> None:
-    assert show.issues(Report()) == ""
+    assert show_report.issues(Report()) == ""
 
 
 def test_findings_beyond_the_shown_ones_are_counted() -> None:
-    many = tuple(Issue(line=n, reason="r") for n in range(1, show.MAX_SHOWN_ISSUES + 1))
-    found = Report(num_errors=50, num_warnings=5, issues=many)
-    assert f"and {55 - show.MAX_SHOWN_ISSUES} more findings" in show.issues(found)
+    many = tuple(Issue(line=n, reason="r") for n in range(1, show_report.MAX_SHOWN_ISSUES + 1))
+    found = Report(counts={"json": 50, "duplicate": 5}, issues=many)
+    assert f"and {55 - show_report.MAX_SHOWN_ISSUES} more findings" in show_report.issues(found)
 
 
 def test_a_finding_about_the_whole_file_has_no_line() -> None:
-    assert "<td>file</td>" in show.issues(Report(issues=(Issue(line=0, reason="empty"),)))
+    assert "<td>file</td>" in show_report.issues(Report(issues=(Issue(line=0, reason="empty"),)))
 
 
 @pytest.mark.parametrize(
