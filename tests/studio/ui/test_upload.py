@@ -350,10 +350,10 @@ def test_what_the_studio_refuses_is_said_and_what_is_cancelled_is_deleted(
     file.touch()
     page.set_input_files(".uploads input", [file])
     expect(page.locator(".upload.failed")).to_contain_text("The file is empty.")
-    with page.expect_request(lambda request: request.method == "POST"):
-        page.get_by_role("button", name="Try again empty.jsonl").click()
-    page.get_by_role("button", name="Cancel empty.jsonl").click()
+    expect(page.get_by_role("button", name="Try again empty.jsonl")).to_have_count(0)
+    page.get_by_role("button", name="Hide empty.jsonl").click()
     expect(page.locator(".upload")).to_have_count(0)
+    expect(page.locator(".uploadsay")).to_have_text("")
     large = tmp_path / "large.jsonl"
     large.write_bytes(random.Random(5).randbytes(30_000_000))
     with page.expect_response(lambda answer: answer.request.method == "PATCH"):
@@ -362,3 +362,87 @@ def test_what_the_studio_refuses_is_said_and_what_is_cancelled_is_deleted(
         page.get_by_role("button", name="Cancel large.jsonl").click()
     assert deleted.value.status == 204
     assert httpx.head(deleted.value.url).status_code == 404
+
+
+@pytest.mark.slow
+def test_what_is_over_leaves_the_list_when_more_is_chosen(page: Page, tmp_path: Path) -> None:
+    empty, good, more = (tmp_path / name for name in ("empty.jsonl", "good.jsonl", "more.jsonl"))
+    empty.touch()
+    good.write_bytes(b"{}\n")
+    more.write_bytes(b"[]\n")
+    page.set_input_files(".uploads input", [empty, good])
+    expect(page.locator(".upload.failed")).to_contain_text("The file is empty.")
+    expect(page.locator("#given textarea")).to_have_value(f"good.jsonl={digest(good)}")
+    page.set_input_files(".uploads input", [more])
+    expect(page.locator("#given textarea")).to_have_value(f"more.jsonl={digest(more)}")
+    expect(page.locator(".upload bdi")).to_have_text(["more.jsonl"])
+
+
+@pytest.mark.slow
+def test_a_fault_that_may_pass_stays_and_is_tried_again(page: Page, tmp_path: Path) -> None:
+    file, other = tmp_path / "full.jsonl", tmp_path / "other.jsonl"
+    file.write_bytes(b"{}\n")
+    other.write_bytes(b"[]\n")
+    full = json.dumps({"message": "The disk is full.", "hint": ""})
+    page.route("**/uploads", lambda route: route.fulfill(status=507, body=full))
+    page.set_input_files(".uploads input", [file])
+    expect(page.locator(".upload.failed")).to_contain_text("The disk is full.")
+    page.unroute("**/uploads")
+    page.set_input_files(".uploads input", [other])
+    expect(page.locator("#given textarea")).to_have_value(f"other.jsonl={digest(other)}")
+    page.get_by_role("button", name="Try again full.jsonl").click()
+    expect(page.locator("#given textarea")).to_have_value(f"full.jsonl={digest(file)}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1440])
+def test_a_long_name_stays_inside_its_card(page: Page, tmp_path: Path, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 800})
+    file = tmp_path / ("x" * 200 + ".jsonl")
+    file.write_bytes(b"{}\n")
+    page.set_input_files(".uploads input", [file])
+    expect(page.locator(".uploadsay")).to_contain_text("has arrived")
+    wide = """[...document.querySelectorAll('.uploads, .uploads *')].filter((node) =>
+      node.scrollWidth > node.clientWidth && getComputedStyle(node).overflowX === 'visible'
+      && getComputedStyle(node).display !== 'inline').map((node) => node.className)"""
+    assert page.evaluate(wide) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.slow
+def test_a_name_cannot_turn_the_rest_of_its_line(page: Page, tmp_path: Path) -> None:
+    name, spoken = "a\u202elnosj\u2066\x07.txt", "a\ufffdlnosj\ufffd\ufffd.txt"
+    file = tmp_path / name
+    file.write_bytes(b"{}\n")
+    page.set_input_files(".uploads input", [file])
+    expect(page.locator(".uploadsay")).to_have_text(f"{spoken} has arrived.")
+    assert page.locator(".upload b > bdi").text_content() == name
+    expect(page.locator(".meter")).to_have_attribute("aria-label", spoken)
+    expect(page.get_by_role("button", name=f"Hide {spoken}")).to_be_visible()
+
+
+@pytest.mark.slow
+def test_a_long_list_scrolls_and_the_keyboard_reaches_it(page: Page, tmp_path: Path) -> None:
+    files = [tmp_path / f"{number}.jsonl" for number in range(8)]
+    for file in files:
+        file.write_text(f"[{file.name!r}]\n", encoding="utf-8")
+    page.set_input_files(".uploads input", files[:1])
+    expect(page.locator(".upload.done button:visible")).to_have_count(1)
+    uploads_list = page.get_by_role("list", name="Uploads")
+    expect(uploads_list).to_have_attribute("tabindex", "-1")
+    page.set_input_files(".uploads input", files)
+    expect(page.locator(".upload.done")).to_have_count(8)
+    box = uploads_list.bounding_box()
+    assert box is not None
+    assert box["height"] <= 260
+    expect(page.locator(".upload").last).to_be_in_viewport()
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    page.set_input_files(".uploads input", [empty, *files])
+    expect(page.locator(".upload.done")).to_have_count(8)
+    expect(page.locator(".upload.failed")).to_be_in_viewport()
+    page.locator(".uploads input").focus()
+    page.keyboard.press("Tab")
+    expect(uploads_list).to_be_focused()
+    page.keyboard.press("End")
+    expect(page.locator(".upload").last).to_be_in_viewport()
