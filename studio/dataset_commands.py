@@ -66,6 +66,7 @@ def check(
     with _arrived(studio, source) as arrival:
         report = datasets.check_file(
             arrival.path,
+            name=arrival.name,
             mapping=_mapping(columns),
             max_bytes=studio.settings.max_upload_bytes,
             rejects=rejects,

@@ -1,7 +1,7 @@
 """Open a file as the parts that it holds: itself, what is in its gzip, the members of its zip.
 
 Everything is read as a stream; nothing is ever written to disk. Whether a file is packed is told
-by its first bytes, never by its name.
+by its first bytes, never by its name. Notes and pictures that stand beside data are passed over.
 """
 
 import gzip
@@ -24,6 +24,7 @@ from studio.domain.section import Section
 from studio.domain.validation import short
 from studio.errors import InputError
 from studio.intake.members import wanted_members
+from studio.intake.names import beside, telling_name
 
 BUFFER_BYTES = 2**20
 # Text rarely packs better than 30 to 1; deflate ends at 1032 to 1.
@@ -50,6 +51,7 @@ class Part:
         size: Length of the content in bytes, None where only reading tells (gzip).
         file: The file on disk; its `tell()` shows how far reading has come.
         spend: Counts bytes that a reader unfolds by itself, as of Parquet; InputError beyond limits.
+        file_name: Name by which its layout may be told; empty where none says anything.
     """
 
     name: str
@@ -57,22 +59,32 @@ class Part:
     size: int | None
     file: BinaryIO
     spend: Callable[[int], None]
+    file_name: str = ""
 
 
-def open_parts(path: Path, *, limits: Limits) -> Iterator[Part]:
+def pass_over(_: str) -> None:
+    """Tell nobody that a file was passed over."""
+
+
+def open_parts(
+    path: Path, *, limits: Limits, name: str = "", skip: Callable[[str], None] = pass_over
+) -> Iterator[Part]:
     """Yield the contents of a file, one after the other; a part closes when the next is asked for.
 
     Args:
         path: The file, or a folder whose files are meant together, as the shards of a dataset.
         limits: How much each file may unfold to.
+        name: What the file was called where it came from, if it has another name here.
+        skip: Called with the name, fit to be shown, of each file that is passed over.
 
     Raises:
         InputError: The file cannot be opened, is damaged, larger than the limits, or an archive
             that is refused; while parts are yielded or read.
     """
     if path.is_dir():
-        yield from _parts_of_folder(path, limits)
+        yield from _parts_of_folder(path, limits, skip)
         return
+    name = telling_name(name, path.name)
     with _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         budget = _Budget(limits, packed_bytes=size)
@@ -82,16 +94,18 @@ def open_parts(path: Path, *, limits: Limits) -> Iterator[Part]:
             with closing(gzip.GzipFile(fileobj=file)) as unzipped:
                 stream = _buffered(_Unpacked(unzipped, "The gzip file", budget))
                 _refuse_nested(stream, "what is in the gzip file")
-                yield Part(name="", stream=stream, size=None, file=file, spend=spend)
+                yield Part(
+                    name="", stream=stream, size=None, file=file, spend=spend, file_name=name
+                )
         elif head in ZIP_MAGICS:
-            yield from _members(file, budget)
+            yield from _members(file, budget, name, skip)
         elif size > limits.max_bytes:
             raise InputError(
                 f"The file has {size:,} bytes; at most {limits.max_bytes:,} are read.",
                 "Split it into several files.",
             )
         else:
-            yield Part(name="", stream=file, size=size, file=file, spend=spend)
+            yield Part(name="", stream=file, size=size, file=file, spend=spend, file_name=name)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -113,14 +127,22 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files_of(path))
 
 
-def _parts_of_folder(folder: Path, limits: Limits) -> Iterator[Part]:
+def _parts_of_folder(folder: Path, limits: Limits, skip: Callable[[str], None]) -> Iterator[Part]:
     files = files_of(folder)
     if not files:
         raise InputError(f"The folder {folder.name} holds no files.", "Give a folder with data.")
+    skipped = beside([file.name for file in files])
     for file in files:
-        for part in open_parts(file, limits=limits):
-            name = "/".join(filter(None, (short(file.name), part.name)))
-            yield replace(part, name=name)
+        shown = short(file.name)
+        if file.name in skipped:
+            skip(shown)
+            continue
+        for part in open_parts(file, limits=limits, skip=partial(_skip_inside, skip, shown)):
+            yield replace(part, name="/".join(filter(None, (shown, part.name))))
+
+
+def _skip_inside(skip: Callable[[str], None], outer: str, inner: str) -> None:
+    skip(f"{outer}/{inner}")
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -268,20 +290,28 @@ class _Directory:
         return self._file.read(size)
 
 
-def _members(file: io.BufferedReader, budget: _Budget) -> Iterator[Part]:
+def _members(
+    file: io.BufferedReader, budget: _Budget, name: str, skip: Callable[[str], None]
+) -> Iterator[Part]:
     with closing(_open_zip(file, budget.limits.max_members)) as archive:
         members = wanted_members(archive, budget.limits.max_members)
+        skipped = beside([member.filename for member in members])
         for member in members:
-            what = f"{short(member.filename, 200)} in the zip"
+            shown = short(member.filename, 200)
+            if member.filename in skipped:
+                skip(shown)
+                continue
+            what = f"{shown} in the zip"
             with closing(_open_member(archive, member, what)) as source:
                 stream = _buffered(_Unpacked(source, what, budget, member.file_size))
                 _refuse_nested(stream, what)
                 yield Part(
-                    name=short(member.filename, 200),
+                    name=shown,
                     stream=stream,
                     size=member.file_size,
                     file=file,
                     spend=partial(budget.spend, what=what),
+                    file_name=telling_name(member.filename, name),
                 )
 
 

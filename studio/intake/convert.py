@@ -61,11 +61,11 @@ def convert(value: object, format: Format, mapping: Mapping | None = None) -> Re
 
 
 def _from_openai(value: dict[str, Any]) -> Conversation:
-    values = {**value, "messages": unpacked(value.get("messages"), "messages")}
+    values = {**value, "messages": unpacked(value.get("messages"), "messages", "a list")}
     if "messages" not in value:
         del values["messages"]
     if isinstance(value.get("tools"), str):
-        values["tools"] = unpacked(value["tools"], "tools") if value["tools"] else None
+        values["tools"] = unpacked(value["tools"], "tools", "a list") if value["tools"] else None
     if isinstance(values.get("messages"), list):
         values["messages"] = fill_parts(value, list(map(_nested_calls, values["messages"])))
     return from_openai(values)

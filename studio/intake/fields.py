@@ -53,20 +53,27 @@ def list_of(value: Mapping[str, Any], name: str) -> list[Any]:
     """
     if name not in value:
         raise RecordError(name, sorted(map(str, value))[:8], "this field is missing")
-    items = unpacked(value[name], name)
+    items = unpacked(value[name], name, "a list")
     if not isinstance(items, list):
         raise RecordError(name, items, "a list is expected")
     return items
 
 
-def unpacked(value: object, path: str) -> Any:
+def unpacked(value: object, path: str, expected: str = "") -> Any:
     """Return what JSON text holds, and anything else as it is.
+
+    Args:
+        value: A value of a record.
+        path: Where it stands.
+        expected: What is meant to stand there; a text that is not begun as JSON is not that.
 
     Raises:
         RecordError: The text is no JSON.
     """
     if not isinstance(value, str):
         return value
+    if expected and not value.lstrip().startswith(("[", "{")):
+        raise RecordError(path, value, f"{expected} is expected")
     try:
         return parse_json(value)
     except json.JSONDecodeError as error:
@@ -98,7 +105,7 @@ def tools_of(value: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if value.get("tools") in (None, "", []):
         return ()
     for index, item in enumerate(list_of(value, "tools")):
-        tool = unpacked(item, f"tools[{index}]")
+        tool = unpacked(item, f"tools[{index}]", "an object")
         if not isinstance(tool, dict):
             raise RecordError(f"tools[{index}]", tool, "an object is expected")
         is_bare = "name" in tool and "function" not in tool

@@ -1,4 +1,4 @@
-"""Tell by its first bytes how a content is laid out, never by the name of its file."""
+"""Tell how a content is laid out: by its first bytes, and by its name where they leave a doubt."""
 
 import codecs
 import csv
@@ -9,6 +9,7 @@ from enum import Enum
 
 from studio.errors import InputError
 from studio.intake.formats import KNOWN_FIELDS
+from studio.intake.names import LINES, TABLES, TEXTS, suffix_of
 
 # What is looked at; the rest of a content is of one piece with it.
 HEAD_BYTES = 2**16
@@ -97,11 +98,14 @@ _TITLES = {
 }
 
 
-def sniff(head: bytes) -> Layout:
+def sniff(head: bytes, name: str = "") -> Layout:
     """Tell how a content is laid out.
+
+    Any content is a text, so that only one whose name says so is taken for it.
 
     Args:
         head: Its first bytes, up to `HEAD_BYTES`; fewer only where it is shorter.
+        name: Name of its file, empty where it has none that says anything.
 
     Returns:
         The Layout; JSON_LINES for one that is empty.
@@ -121,29 +125,46 @@ def sniff(head: bytes) -> Layout:
         return _array(text)
     if b"\0" in text or len(_BINARY.findall(text)) > max(8, len(text) / 100):
         raise InputError("The file is binary, of a kind not known here.", _AS_DATA)
-    if not text or _is_json_lines(text):
-        return Layout.JSON_LINES
     _refuse_old_line_ends(text)
-    shown = text.decode("utf-8", errors="replace")
-    return Layout.CSV if delimiter(shown, len(head) < HEAD_BYTES) else Layout.TEXT
+    return _by_name(text, suffix_of(name), is_whole=len(head) < HEAD_BYTES)
 
 
-def delimiter(text: str, is_whole: bool) -> str | None:
+def _by_name(text: bytes, suffix: str, *, is_whole: bool) -> Layout:
+    """Tell the layout of a text that does not begin as JSON does."""
+    if not text or suffix in LINES:
+        return Layout.JSON_LINES
+    if suffix in TABLES:
+        return Layout.CSV
+    if _is_json_lines(text):
+        return Layout.JSON_LINES
+    if delimiter(text.decode("utf-8", errors="replace"), is_whole):
+        return Layout.CSV
+    if suffix in TEXTS:
+        return Layout.TEXT
+    raise InputError(
+        "The file is neither JSON, nor a table (CSV, TSV), nor Parquet.",
+        "Save the data as one of these. If it is plain text for continued pre-training, "
+        "rename it to end with .txt.",
+    )
+
+
+def delimiter(text: str, is_whole: bool, is_table: bool = False) -> str | None:
     """Return what separates the columns of a table, None where the text is no table.
 
     Args:
         text: The beginning of the text.
         is_whole: Whether that is all of it; otherwise its last line may be cut.
+        is_table: Whether it is known to be a table, so that its columns may have any names.
     """
     found = [
         (num_columns, mark)
         for mark in DELIMITERS
-        if (num_columns := _columns(text, mark, is_whole))
+        if (num_columns := _columns(text, mark, is_whole=is_whole, is_table=is_table))
     ]
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def _columns(text: str, mark: str, is_whole: bool) -> int:
+def _columns(text: str, mark: str, *, is_whole: bool, is_table: bool) -> int:
     """Return the number of columns, 0 where the text is no table with this delimiter."""
     lines = list(io.StringIO(text, newline=""))
     rows: list[list[str]] = []
@@ -164,15 +185,21 @@ def _columns(text: str, mark: str, is_whole: bool) -> int:
     if len(KNOWN_FIELDS.intersection(name.strip().lower() for name in header)) > 1:
         return len(header)
     if not body:
-        return len(header) if all(_WORD.fullmatch(name) for name in header) else 0
+        return len(header) if is_table or all(map(_WORD.fullmatch, header)) else 0
     fitting = sum(len(row) == len(header) for row in body)
-    return len(header) if _are_names(header) and fitting * 2 > len(body) else 0
+    is_named = is_table or _are_names(header, text)
+    return len(header) if is_named and fitting * 2 > len(body) else 0
 
 
-def _are_names(header: list[str]) -> bool:
+def _are_names(header: list[str], text: str) -> bool:
     # The first may be missing: pandas writes its index so.
     names = header[1:] if not header[0].strip() else header
-    return all(_NAME.fullmatch(name.strip()) for name in names)
+    return all(_NAME.fullmatch(name.strip()) or _is_quoted(name, text) for name in names)
+
+
+def _is_quoted(name: str, text: str) -> bool:
+    """Whether a name stands in quotes as a whole, as that of a column; speech in prose does not."""
+    return bool(name.strip()) and '"{}"'.format(name.replace('"', '""')) in text
 
 
 def _refuse_encoding(head: bytes) -> None:

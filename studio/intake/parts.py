@@ -53,7 +53,7 @@ class PartReader:
         self._findings = findings
         self._columns = columns
         head = part.stream.peek(HEAD_BYTES)  # type: ignore[attr-defined]  # all parts are buffered
-        self._layout = sniff(head[:HEAD_BYTES])
+        self._layout = sniff(head[:HEAD_BYTES], part.file_name)
         self._format: Format | None = None
         self.kind: Kind | None = None
 

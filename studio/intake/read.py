@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from studio.domain.conversation import Kind, Record
-from studio.domain.validation import Report
+from studio.domain.validation import Issue, Report
 from studio.errors import InputError
 from studio.intake.archive import Limits, Part, files_of, open_parts, size_of
 from studio.intake.findings import Findings
@@ -45,12 +45,15 @@ class Reader:
         self._kind: Kind | None = None
         self._columns: tuple[str, ...] = ()
 
-    def read(self, path: Path, progress: Progress = no_progress) -> Iterator[Record]:
+    def read(
+        self, path: Path, progress: Progress = no_progress, name: str = ""
+    ) -> Iterator[Record]:
         """Yield each good record; whatever else is in the file goes to the Report.
 
         Args:
             path: The file.
             progress: Called with the share of the file that was read, 0 to 1.
+            name: What the file was called where it came from, if it has another name here.
 
         Raises:
             InputError: The file does not exist or cannot be opened.
@@ -61,7 +64,7 @@ class Reader:
         part: Part | None = None
         before = 0
         try:
-            for part in open_parts(path, limits=self._limits):
+            for part in open_parts(path, limits=self._limits, name=name, skip=self._skip):
                 step = partial(_tell, progress, before, size)
                 yield from self._read_part(part, step)
                 before += _end_of(part, path)
@@ -88,6 +91,10 @@ class Reader:
     def place(self) -> tuple[str, int]:
         """File (empty but in an archive) and line of the record that was yielded last."""
         return self._findings.place
+
+    def _skip(self, file: str) -> None:
+        reason = "the file is not read: it is a note or a picture beside the data"
+        self._findings.add(Issue(line=0, kind="skipped", file=file, reason=reason, severity="note"))
 
     def _refuse_other(self, kind: Kind | None) -> None:
         if kind != self._kind:

@@ -41,7 +41,13 @@ class Taken:
 
 
 def take_file(
-    path: Path, folder: Path, *, limits: Limits, mapping: Mapping | None, progress: Progress
+    path: Path,
+    folder: Path,
+    *,
+    limits: Limits,
+    mapping: Mapping | None,
+    progress: Progress,
+    name: str = "",
 ) -> Taken:
     """Read a file and write its good records, in the order of the file.
 
@@ -51,6 +57,7 @@ def take_file(
         limits: How much the file may unfold to.
         mapping: What the columns of a table are.
         progress: Called with the share that is done, 0 to 1.
+        name: What the file was called where it came from, if it has another name here.
 
     Raises:
         InputError: The file cannot be read.
@@ -60,7 +67,7 @@ def take_file(
     rejects = folder / "rejects.jsonl"
     with Writer(folder) as writer, rejects.open("wb") as bad:
         reader = Reader(limits, mapping, bad)
-        for record in reader.read(path, lambda share: progress(share * _READ_SHARE)):
+        for record in reader.read(path, lambda share: progress(share * _READ_SHARE), name):
             writer.add(record)
             places.add(*reader.place)
         report = reader.report()

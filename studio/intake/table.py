@@ -12,6 +12,7 @@ from studio.intake.archive import Part
 from studio.intake.elements import MAX_RECORD_BYTES
 from studio.intake.formats import KNOWN_FIELDS
 from studio.intake.layout import HEAD_BYTES, delimiter
+from studio.intake.names import TABLES, suffix_of
 
 
 class _TooLongError(Exception):
@@ -86,7 +87,9 @@ def read_table(part: Part) -> Iterator[tuple[int, object] | Issue]:
 def _delimiter(part: Part) -> str:
     head: bytes = part.stream.peek(HEAD_BYTES)[:HEAD_BYTES]  # type: ignore[attr-defined]  # all of open_parts have it
     text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors="replace")
-    return delimiter(text, len(head) < HEAD_BYTES) or ","
+    suffix = suffix_of(part.file_name)
+    found = delimiter(text, len(head) < HEAD_BYTES, is_table=suffix in TABLES)
+    return found or ("\t" if suffix == ".tsv" else ",")
 
 
 def _rows(lines: _Lines, mark: str) -> Iterator[tuple[int, list[str]] | Issue]:

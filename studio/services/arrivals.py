@@ -126,7 +126,7 @@ def take(
     imported = datasets.import_file(
         studio,
         arrival.path,
-        name or Path(arrival.name).stem,
+        name,
         mapping=mapping,
         drop_rejected=drop_rejected,
         source=arrival.origin,

@@ -15,6 +15,7 @@ from studio.errors import ConflictError, InputError, NotFoundError, disk_errors
 from studio.intake.archive import Limits
 from studio.intake.canonical import Canonical
 from studio.intake.formats import Mapping
+from studio.intake.names import dataset_name
 from studio.intake.openai import to_line
 from studio.intake.stored import Progress, Taken, checked_size, no_progress, sha256_of, take_file
 from studio.intake.texts import visible_texts
@@ -67,7 +68,7 @@ def import_file(
     Args:
         studio: The installation.
         path: The file, on this machine.
-        name: Name of the Dataset; the file's name when empty.
+        name: Name of the Dataset; that of the file where it came from when empty.
         mapping: What the columns of a table are.
         drop_rejected: Store the good records of a file that has bad ones too.
         source: How the file came: `type`, `name` and more; its `sha256` is believed.
@@ -86,12 +87,15 @@ def import_file(
     limits = Limits(max_bytes=studio.settings.max_upload_bytes * MAX_UNPACKED)
     origin = {"type": "path", "name": path.name, **(source or {})}
     with disk_errors("storing the dataset"), shelf.workshop(studio.home) as folder:
-        taken = take_file(path, folder, limits=limits, mapping=mapping, progress=progress)
+        called = str(origin["name"])
+        taken = take_file(
+            path, folder, limits=limits, mapping=mapping, progress=progress, name=called
+        )
         origin["sha256"] = origin.get("sha256") or sha256_of(path)
         row, is_new = None, False
         if taken.report.is_accepted or (drop_rejected and taken.report.is_salvageable):
             assert taken.written is not None
-            fresh = shelf.new_row(taken.written, taken.report, name or path.stem, origin)
+            fresh = shelf.new_row(taken.written, taken.report, name or dataset_name(called), origin)
             row, is_new = shelf.add(studio, fresh, taken.written, taken.rejects)
         return Imported(
             row=row,
@@ -117,6 +121,7 @@ def check_file(
     max_bytes: int = 2**31,
     rejects: Path | None = None,
     progress: Progress = no_progress,
+    name: str = "",
 ) -> Report:
     """Read a file as `import_file` does, and store nothing.
 
@@ -126,6 +131,7 @@ def check_file(
         max_bytes: Largest file.
         rejects: Where the bad records are written, if there are any.
         progress: Called with the share that is done, 0 to 1.
+        name: What the file was called where it came from, if it has another name here.
 
     Raises:
         InputError: The file cannot be read, or is larger than allowed.
@@ -133,8 +139,10 @@ def check_file(
     """
     checked_size(path, max_bytes)
     limits = Limits(max_bytes=max_bytes * MAX_UNPACKED)
-    with disk_errors("checking the file"), tempfile.TemporaryDirectory() as name:
-        taken = take_file(path, Path(name), limits=limits, mapping=mapping, progress=progress)
+    with disk_errors("checking the file"), tempfile.TemporaryDirectory() as folder:
+        taken = take_file(
+            path, Path(folder), limits=limits, mapping=mapping, progress=progress, name=name
+        )
         if rejects is not None and taken.rejects is not None:
             rejects.write_bytes(taken.rejects.read_bytes())
     return taken.report

@@ -396,12 +396,14 @@ WRONG: dict[str, tuple[Format, Any, str, str]] = {
     # ---- OpenAI ----
     "openai, no messages": (Format.OPENAI, {}, "messages", "the list `messages` is missing"),
     "openai, null": (Format.OPENAI, {"messages": None}, "messages", LIST),
-    "openai, text": (
+    "openai, text": (Format.OPENAI, {"messages": "no"}, "messages", LIST),
+    "openai, text that begins as a list": (
         Format.OPENAI,
-        {"messages": "hello"},
+        {"messages": "[no"},
         "messages",
-        "the text is not JSON: expecting value at column 1",
+        "the text is not JSON: expecting value at column 2",
     ),
+    "openai, tools as text": (Format.OPENAI, {"messages": [], "tools": "no"}, "tools", LIST),
     "openai, key twice in text": (
         Format.OPENAI,
         {"messages": '[{"a":1,"a":2}]'},

@@ -59,15 +59,17 @@ KNOWN: dict[str, tuple[bytes, Layout]] = {
     "one row has a column more": (b"a,b\n1,2\n1,2,3\n4,5\n", Layout.CSV),
     "table in Latin-1": ("a,b\né,2\n".encode("latin-1"), Layout.CSV),
     "table behind a mark": (codecs.BOM_UTF8 + b"a,b\n1,2\n", Layout.CSV),
-    "prose": (
-        b"Once upon a time, there was\na king, who had, as kings do, a crown.\n",
-        Layout.TEXT,
-    ),
-    "prose on one line": (b"Hello, world\n", Layout.TEXT),
-    "markdown": (b"# Title\n\n* one\n* two\n", Layout.TEXT),
-    "a line named text": (b"text\n", Layout.TEXT),
+    "quoted names of any letters": (b'"<img x>",b\n1,2\n', Layout.CSV),
     "open quote": (b'Prompt,completion\n"1,2\n', Layout.CSV),
-    "text with a form feed": (b"one\x0c\x1b[1mtwo", Layout.TEXT),
+}
+TEXTS = {
+    "prose": b"Once upon a time, there was\na king, who had, as kings do, a crown.\n",
+    "prose on one line": b"Hello, world\n",
+    "speech": b'"Hello," he said.\n"Well," she said, "so be it."\n',
+    "markdown": b"# Title\n\n* one\n* two\n",
+    "a line named text": b"text\n",
+    "text with a form feed": b"one\x0c\x1b[1mtwo",
+    "passwords": b"root:*:19000:0:99999:7:::\ndaemon:*:19000:0:99999:7:::\n",
 }
 
 
@@ -76,6 +78,36 @@ def test_a_known_layout_is_told(name: str) -> None:
     content, layout = KNOWN[name]
     assert sniff(content) is layout
     assert layout.title
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_only_a_name_makes_a_content_a_text(name: str) -> None:
+    for ending in ("txt", "md", "text", "rst", "TXT", "txt.gz"):
+        assert sniff(TEXTS[name], f"a.{ending}") is Layout.TEXT
+    for other in ("", "shadow", "txt", "a.log", "a.json", "a.parquet", "a.txt.bak"):
+        with pytest.raises(InputError) as caught:
+            sniff(TEXTS[name], other)
+        assert caught.value.message == (
+            "The file is neither JSON, nor a table (CSV, TSV), nor Parquet."
+        )
+        assert "continued pre-training, rename it to end with .txt" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_name_of_lines_or_tables_is_believed(name: str) -> None:
+    for ending in ("jsonl", "ndjson", "JSONL.gz"):
+        assert sniff(TEXTS[name], f"a.{ending}") is Layout.JSON_LINES
+    for ending in ("csv", "tsv"):
+        assert sniff(TEXTS[name], f"a.{ending}") is Layout.CSV
+
+
+@pytest.mark.parametrize("ending", ["txt", "csv", "jsonl"])
+def test_no_name_hides_what_the_content_is(ending: str) -> None:
+    assert sniff(RECORD, f"a.{ending}") is Layout.JSON_LINES
+    assert sniff(b"[" + RECORD + b"]", f"a.{ending}") is Layout.JSON_ARRAY
+    assert sniff(b"PAR1...", f"a.{ending}") is Layout.PARQUET
+    with pytest.raises(InputError, match="The file is a PDF"):
+        sniff(b"%PDF-1.7", f"a.{ending}")
 
 
 @given(st.lists(st.dictionaries(st.text(), st.text()), min_size=1, max_size=5), st.booleans())
@@ -101,7 +133,7 @@ def test_a_row_that_the_head_cuts_is_not_counted() -> None:
     rows = b"a,b\n" + b'"1","2"\n' + b'"' + b"x" * HEAD_BYTES
     assert sniff(rows) is Layout.CSV
     assert sniff(b"a,b\n" + b"x" * HEAD_BYTES) is Layout.CSV
-    assert sniff(b"Hello, you\n" + b"x" * HEAD_BYTES) is Layout.TEXT
+    assert sniff(b"Hello, you\n" + b"x" * HEAD_BYTES, "a.txt") is Layout.TEXT
 
 
 def tar() -> bytes:

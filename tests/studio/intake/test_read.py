@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,123 @@ def test_the_fast_way_agrees_with_the_converter(extra: dict[str, Any], has_tools
 
     assert fast is not None
     assert fast.conversation == convert(value, Format.OPENAI)
+
+
+# ---- what the name says -----------------------------------------------------------------------
+
+
+def said(report: Report) -> list[str]:
+    return [str(issue) for issue in report.issues]
+
+
+def read_named(
+    folder: Path, content: bytes, name: str, stored: str = "data"
+) -> tuple[list[Record], Report]:
+    (folder / stored).write_bytes(content)
+    reader = Reader()
+    return list(reader.read(folder / stored, name=name)), reader.report()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_lines_that_are_all_bad_are_reported_one_by_one(
+    tmp_path: Path, pack: Callable[[bytes], bytes]
+) -> None:
+    name = "talks.jsonl" if pack is bytes else "talks.jsonl.gz"
+    records, report = read_named(tmp_path, pack(b"oops\n\n12, 13\nno\n"), name)
+
+    assert records == []
+    assert [(issue.line, issue.kind) for issue in report.issues] == [
+        (1, "json"),
+        (3, "json"),
+        (4, "json"),
+    ]
+    assert report.num_rejected == 3
+
+
+@pytest.mark.parametrize("name", ["shadow", "talks.json", "talks"])
+def test_words_are_no_text_unless_the_name_says_so(tmp_path: Path, name: str) -> None:
+    words = b"root:*:19000:0:99999:7:::\n"
+    records, report = read_named(tmp_path, words, name)
+
+    assert records == []
+    assert said(report) == [
+        "The file is neither JSON, nor a table (CSV, TSV), nor Parquet. Save the data as one of "
+        "these. If it is plain text for continued pre-training, rename it to end with .txt."
+    ]
+    assert (report.num_file_errors, report.is_salvageable) == (1, False)
+    assert read_named(tmp_path, words, "book.txt")[0] == [PlainText(text=words.decode())]
+    assert read_named(tmp_path, gzip.compress(words), "b.rst.gz")[0] != []
+    assert read_named(tmp_path, words, "", stored="book.md")[0] != []
+
+
+def zip_of(members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+BESIDE = {
+    "README.txt": b"What this is.",
+    "LICENSE": b"Do as you like.",
+    "logo.png": b"\x89PNG\r\n\x1a\n",
+    "paper.pdf": b"%PDF-1.7",
+}
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_what_stands_beside_the_data_is_passed_over_with_a_note(
+    tmp_path: Path, is_folder: bool
+) -> None:
+    members = {**BESIDE, "a.jsonl": GOOD, ".DS_Store": b"\0\0\0\1Bud1"}
+    source = tmp_path / "source"
+    if is_folder:
+        source.mkdir()
+        for name, content in members.items():
+            (source / name).write_bytes(content)
+    else:
+        source.write_bytes(zip_of(members))
+    reader = Reader()
+    records = list(reader.read(source))
+    report = reader.report()
+
+    assert len(records) == 1
+    assert report.is_accepted
+    assert {(issue.file, issue.kind, issue.severity, issue.line) for issue in report.issues} == {
+        (name, "skipped", "note", 0) for name in BESIDE
+    }
+
+
+def test_a_note_alone_in_a_zip_is_read_by_its_name(tmp_path: Path) -> None:
+    records, report = read(tmp_path, zip_of({"README.md": b"What this is."}))
+    assert records == [PlainText(text="What this is.")]
+    assert said(report) == []
+    assert "neither JSON" in said(read(tmp_path, zip_of({"LICENSE": b"Do as you like."}))[1])[0]
+
+
+def test_the_members_of_a_zip_are_told_by_their_own_names(tmp_path: Path) -> None:
+    _, report = read_named(tmp_path, zip_of({"a.jsonl": b"oops", "b.log": b"oops"}), "x.txt.zip")
+    assert said(report)[0].startswith("a.jsonl, line 1: not JSON")
+    records, _ = read_named(tmp_path, zip_of({"one.txt": b"Once.", "two.md": b"Twice."}), "x.zip")
+    assert records == [PlainText(text="Once."), PlainText(text="Twice.")]
+
+
+def test_a_text_where_a_list_belongs_is_said(tmp_path: Path) -> None:
+    _, report = read(tmp_path, b'{"messages": "no"}\n' + GOOD)
+    assert said(report) == ["line 1, messages: a list is expected (found no)"]
+
+
+@pytest.mark.parametrize("name", ["a\u202eb.jsonl", "a\x1b[31m\n.jsonl", "README.\u202e.md"])
+def test_the_name_of_a_file_is_shown_escaped(tmp_path: Path, name: str) -> None:
+    packed = zip_of({name: b"oops", "good.jsonl": GOOD})
+    folder = tmp_path / "folder"
+    (folder / "in").mkdir(parents=True)
+    (folder / name).write_bytes(b"oops")
+    (folder / "good.jsonl").write_bytes(GOOD)
+    for report in (read(tmp_path, packed)[1], check_file(folder)):
+        assert len(report.issues) == 1
+        assert report.issues[0].file == name.encode("unicode_escape").decode()
 
 
 # ---- the Report -------------------------------------------------------------------------------

@@ -26,14 +26,21 @@ from studio.intake.layout import HEAD_BYTES, Layout, sniff
 from studio.intake.records import read_values
 
 
-def part_of(content: bytes) -> Part:
+def part_of(content: bytes, name: str = "") -> Part:
     stream = io.BufferedReader(io.BytesIO(content), 2**20)
-    return Part(name="", stream=stream, size=len(content), file=stream, spend=lambda _: None)
+    return Part(
+        name="",
+        stream=stream,
+        size=len(content),
+        file=stream,
+        spend=lambda _: None,
+        file_name=name,
+    )
 
 
-def read(content: bytes, mapping: Mapping | None = None) -> list[Any]:
+def read(content: bytes, mapping: Mapping | None = None, name: str = "") -> list[Any]:
     """Return line and value of each record, and the sentence of each Issue."""
-    found = read_values(part_of(content), sniff(content[:HEAD_BYTES]), mapping)
+    found = read_values(part_of(content, name), sniff(content[:HEAD_BYTES], name), mapping)
     return [str(one) if isinstance(one, Issue) else one for one in found]
 
 
@@ -103,22 +110,36 @@ def test_json_lines_are_for_the_reader() -> None:
 
 def test_a_text_is_one_document() -> None:
     text = "Once upon a time,\r\n\r\nthere was é."
-    assert read(("\ufeff" + text).encode()) == [(1, {"text": text})]
+    assert read(("\ufeff" + text).encode(), name="a.txt") == [(1, {"text": text})]
 
 
 def test_a_text_that_is_no_utf_8_is_refused_with_its_place() -> None:
     sentence = "line 2: byte 8 of the text is not UTF-8; save it as UTF-8 (found 0xe9)"
-    assert read(b"# One\nd\xe9j\xe0\n") == [sentence]
+    assert read(b"# One\nd\xe9j\xe0\n", name="a.md") == [sentence]
 
 
 def test_a_text_over_the_limit_is_refused() -> None:
     content = b"# One\n" + b"x" * elements.MAX_RECORD_BYTES
-    assert read(content) == [
+    assert read(content, name="a.txt") == [
         "the text is longer than 16 MiB; cut it into several files and zip them"
     ]
 
 
 # ---- tables -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_the_names_of_columns_may_be_anything(mark: str) -> None:
+    table = f'"<img x>"{mark}b\n1{mark}2\n'.encode()
+    assert read(table) == [(2, {"<img x>": "1", "b": "2"})]
+    assert read(table.replace(b'"', b""), name="a.CSV") == [(2, {"<img x>": "1", "b": "2"})]
+
+
+def test_a_file_named_as_a_table_is_one_whatever_is_in_it() -> None:
+    assert read(b"any words\nat all\n", name="a.csv") == [(2, {"any words": "at all"})]
+    (bad,) = read(b"a\tb\n1\n", name="a.tsv")
+    assert bad.startswith("line 2: the record has 1 columns, the first line has 2")
+
 
 CONTROLS = "".join(map(chr, [*range(9), 11, *range(14, 32)]))
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters=CONTROLS), max_size=9)

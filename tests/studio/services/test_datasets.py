@@ -1,5 +1,6 @@
 """Verbs of Datasets."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -77,7 +78,25 @@ def test_a_dataset_remembers_how_it_came(studio: Studio, tmp_path: Path) -> None
     other = write(tmp_path / "b.jsonl", talk("Why?"))
     hub = datasets.import_file(studio, other, source=source).row
     assert hub is not None
-    assert (hub.source, hub.source_name, hub.name) == (source, "org/data", "b")
+    assert (hub.source, hub.source_name, hub.name) == (source, "org/data", "data")
+
+
+def test_the_name_a_file_had_tells_its_layout_and_names_the_dataset(
+    studio: Studio, tmp_path: Path
+) -> None:
+    arrived = tmp_path / "data"
+    arrived.write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    row = datasets.import_file(studio, arrived, source={"name": "gz.jsonl.gz"}).row
+    assert row is not None
+    assert (row.name, row.source_name) == ("gz", "gz.jsonl.gz")
+    arrived.write_text("oops\n")
+    assert datasets.import_file(studio, arrived, source={"name": "shadow"}).row is None
+    refused = datasets.import_file(studio, arrived, source={"name": "a.jsonl"})
+    assert [(issue.line, issue.kind) for issue in refused.report.issues] == [(1, "json")]
+    assert refused.report == datasets.check_file(arrived, name="a.jsonl")
+    text_row = datasets.import_file(studio, arrived, source={"name": "book.txt"}).row
+    assert text_row is not None
+    assert (text_row.name, text_row.kind) == ("book", Kind.TEXTS)
 
 
 def test_different_content_of_the_same_name_gets_a_number(studio: Studio, tmp_path: Path) -> None:
