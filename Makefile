@@ -36,7 +36,7 @@ screenshots: $(VENV)/.installed-dev
 	@.ci/system-packages
 	@$(VENV)/bin/pytest -q tests/e2e/test_browser.py
 	@mkdir -p docs/screenshots
-	@for page in datasets train runs artifacts chat; do \
+	@for page in datasets inspector tokens train runs artifacts chat; do \
 		cp test-output/screenshots/$$page-1440.png docs/screenshots/$$page.png; done
 
 setup: $(VENV)/.installed

@@ -48,36 +48,36 @@ def build(studio: Studio, prefix: str) -> Choices:
             choices=models,
             value=ModelRef().id,
             allow_custom_value=True,
-            min_width=220,
-            scale=2,
+            min_width=260,
+            scale=3,
             elem_id=f"{prefix}-model",
         )
         thinking = gr.Dropdown(
             label="Thinking",
             choices=list(get_args(ThinkingPolicy)),
             value=fields["thinking"].default,
-            min_width=110,
+            min_width=105,
             elem_id=f"{prefix}-thinking",
         )
         empty_think = gr.Dropdown(
             label="Empty think",
             choices=list(get_args(EmptyThinkPolicy)),
             value=fields["empty_think"].default,
-            min_width=110,
+            min_width=105,
             elem_id=f"{prefix}-empty-think",
         )
         truncation = gr.Dropdown(
             label="Too long",
             choices=list(get_args(TruncationPolicy)),
             value=fields["truncation"].default,
-            min_width=110,
+            min_width=105,
             elem_id=f"{prefix}-truncation",
         )
         cutoff = gr.Textbox(
-            label="Longest (tokens)",
+            label="Cutoff",
             value=str(fields["max_length_tokens"].default),
             max_lines=1,
-            min_width=110,
+            min_width=105,
             elem_id=f"{prefix}-cutoff",
         )
     return Choices(

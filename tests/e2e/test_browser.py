@@ -78,6 +78,19 @@ def uploads(page: Page) -> None:
     page.locator("#dataset-forward").click()
     expect(page.locator("#dataset-preview")).to_contain_text("System message")
     shoot(page, "datasets-record")
+    reads_as_the_model_does(page)
+
+
+def reads_as_the_model_does(page: Page) -> None:
+    tab(page, "As the model reads it")
+    type_in(page, "dataset-find", "survive a winter")
+    field(page, "dataset-find").press("Enter")
+    expect(page.locator("#dataset-tokens .tokens .learned").first).to_be_visible()
+    shoot(page, "inspector")
+    tab(page, "In tokens")
+    page.locator("#stats-count").click()
+    expect(page.locator("#dataset-stats")).to_contain_text("200 conversations as tiny/qwen3.5")
+    shoot(page, "tokens")
 
 
 def launches(page: Page) -> None:

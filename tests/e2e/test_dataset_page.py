@@ -156,7 +156,7 @@ def test_the_inspector_follows_model_thinking_and_cutoff(watched: Watched) -> No
     expect(thought.first).to_contain_text(THOUGHT)
     expect(answer.first).to_contain_text("At noon. (0)")
     expect(view.locator(".t.user.learned")).to_have_count(0)
-    shoot(page, "datasets-inspector")
+    shoot(page, "datasets-thinking")
     choose(page, "inspect-thinking", "mask")
     expect(thought).to_have_count(0)
     expect(view.locator(".t.think").first).to_contain_text(THOUGHT)
@@ -188,7 +188,7 @@ def test_a_dataset_is_counted_in_the_tokens_of_a_model(watched: Watched) -> None
     choose(page, "stats-truncation", "cut")
     page.locator("#stats-count").click()
     expect(figures).to_contain_text(f"{NUM_GOOD} of {NUM_GOOD} conversations are longer than 40")
-    shoot(page, "datasets-tokens")
+    shoot(page, "datasets-cutoff")
 
 
 def test_a_changed_record_becomes_a_version_and_the_original_stays(
