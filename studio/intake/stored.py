@@ -15,15 +15,10 @@ from studio.intake.archive import Limits, files_of, size_of
 from studio.intake.canonical import Writer, Written
 from studio.intake.duplicates import Duplicates
 from studio.intake.formats import Mapping
-from studio.intake.read import Reader
+from studio.intake.read import Progress, Reader
 
-Progress = Callable[[float], None]
 # What is left for the search of duplicates, of a whole that is 1.
 _READ_SHARE = 0.85
-
-
-def no_progress(_: float) -> None:
-    """Report to nobody."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

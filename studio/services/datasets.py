@@ -17,7 +17,8 @@ from studio.intake.canonical import Canonical
 from studio.intake.formats import Mapping
 from studio.intake.names import dataset_name
 from studio.intake.openai import to_line
-from studio.intake.stored import Progress, Taken, checked_size, no_progress, sha256_of, take_file
+from studio.intake.read import Progress, no_progress
+from studio.intake.stored import Taken, checked_size, sha256_of, take_file
 from studio.intake.texts import visible_texts
 from studio.intake.transfer import check_room
 from studio.services import shelf
