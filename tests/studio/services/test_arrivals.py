@@ -1,6 +1,7 @@
 """Files on their way: kept until somebody decides, removed when they are stored or given up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from studio.services import arrivals, datasets, uploads
 from studio.services.receiving import Receiver
 from studio.services.studio import Studio
 from tests.fakes import make_studio
+from tests.studio.intake.test_sources import SHA, hub_site, served
 
 GOOD = {"messages": [{"role": "user", "content": "Ebb?"}, {"role": "assistant", "content": "No."}]}
 BAD = {"messages": [{"role": "bot", "content": "x"}]}
@@ -114,6 +116,23 @@ def test_the_shards_of_a_folder_become_one_dataset(studio: Studio, tmp_path: Pat
         "Ebb 1?",
         "Ebb 2?",
     ]
+
+
+def test_the_shards_of_a_hub_dataset_become_one_at_a_pinned_commit(studio: Studio) -> None:
+    shards = [json.dumps(question(number)).encode() + b"\n" for number in range(2)]
+    files = {f"data/train-0000{n}-of-00002.jsonl": shard for n, shard in enumerate(shards)}
+    with served(hub_site({"README.md": b"# card", **files})) as address:
+        settings = studio.settings.model_copy(update={"hub_endpoint": f"http://{address}"})
+        fetching = replace(studio, settings=settings)
+        arrival = arrivals.from_source(fetching, "org/name", no_progress)
+
+    imported = arrivals.take(studio, arrival)
+
+    assert imported.row is not None
+    assert (imported.row.name, imported.row.num_conversations) == ("name", 2)
+    assert imported.row.source["type"] == "hub"
+    assert imported.row.source["revision"] == SHA
+    assert not arrival.path.exists()
 
 
 def test_an_empty_folder_is_said(studio: Studio, tmp_path: Path) -> None:
