@@ -12,7 +12,7 @@ import gradio as gr
 from studio.domain.preset import find_preset
 from studio.domain.spec import JobSpec, spec_to_yaml
 from studio.domain.targets import GROUP_TITLES, TargetGroup
-from studio.errors import InputError, StudioError
+from studio.errors import EngineError, InputError, StudioError
 from studio.services import datasets, mixtures, models, readings, runs
 from studio.services.studio import Studio
 from studio.ui import form, show, show_stats
@@ -23,6 +23,8 @@ EVAL_DATASET = "data.eval_dataset"
 NO_DATASET = ("none", "")
 SIMPLE = ("data.dataset", "preset", "lora.targets", "train.epochs")
 MAX_SPEC_BYTES = 256 * 1024
+# More of the conversations than this are not dropped without asking.
+MAX_SILENT_LOSS = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,15 +70,22 @@ def build(studio: Studio) -> TrainTab:
     _wire_fields(studio, leaves, by_key, derived)
     _wire_yaml(studio, leaves, [*fields, *derived], (yaml, apply, load))
 
-    def submit(*values: Any) -> int:
-        return runs.submit(studio, form.to_spec(values, leaves)).id
+    accepted = gr.State("")
+
+    def submit(*values: Any, progress: Any = gr.Progress()) -> list[Any]:
+        *typed, known = values
+        spec = form.to_spec(typed, leaves)
+        loss = "" if known == spec.model_dump_json() else _loss(studio, spec, progress)
+        if loss:
+            return [gr.skip(), spec.model_dump_json(), loss]
+        return [runs.submit(studio, spec).id, "", gr.skip()]
 
     def counted(*values: Any, progress: Any = gr.Progress()) -> str:
         spec = form.to_spec(values, leaves)
         step = partial(progress, desc="Tokenising")
         return show_stats.plan(readings.plan(studio, spec, step), spec.data)
 
-    launch.click(shown(submit), fields, launched)
+    launch.click(shown(submit), [*fields, accepted], [launched, accepted, trouble])
     count.click(shown(counted), fields, epoch, show_progress_on=epoch)
     return TrainTab(
         dataset=by_key["data.dataset"],  # type: ignore[arg-type]
@@ -84,6 +93,28 @@ def build(studio: Studio) -> TrainTab:
         fields=fields,
         derived=derived,
         launched=launched,
+    )
+
+
+def _loss(studio: Studio, spec: JobSpec, progress: Any) -> str:
+    """Return what has to be confirmed before the launch: that truncation drops conversations.
+
+    A run that refuses long examples says so itself, and so does one whose model is not at hand.
+    """
+    if spec.data.truncation == "refuse" or not spec.data.dataset:
+        return ""
+    try:
+        plan = readings.plan(studio, spec, partial(progress, desc="Tokenising"))
+    except EngineError:
+        return ""
+    kept = plan.mixture.total.conversations
+    if plan.num_nothing_left <= MAX_SILENT_LOSS * (kept + plan.num_nothing_left):
+        return ""
+    return show.notice(
+        "bad",
+        f"{plan.num_nothing_left:,} conversations keep nothing that could be learned at "
+        f"{spec.data.max_length_tokens:,} tokens.",
+        "Raise the longest example, or launch again to train on the others.",
     )
 
 

@@ -237,6 +237,21 @@ def test_a_mixture_is_counted_before_it_is_launched(watched: Watched) -> None:
     shoot(page, "train-mixture")
 
 
+def test_a_cutoff_that_drops_conversations_is_confirmed_before_the_launch(
+    watched: Watched, running: Running
+) -> None:
+    page = watched.page
+    type_in(page, "field-data-mixture", " ")
+    type_in(page, "field-data-max_length_tokens", "40")
+    choose(page, "field-data-truncation", "cut")
+    page.locator("#train-launch").click()
+    expect(page.locator("#train-trouble")).to_contain_text("12 conversations keep nothing")
+    assert rows(running, "SELECT count(*) FROM runs") == [(0,)]
+    page.locator("#train-launch").click()
+    expect(page.locator("#run-head")).to_contain_text("0 of 12 conversations", timeout=START)
+    assert rows(running, "SELECT count(*) FROM runs") == [(1,)]
+
+
 def test_nothing_went_wrong_in_the_browser(watched: Watched) -> None:
     assert watched.foreign == []
     assert watched.errors == []
