@@ -34,7 +34,7 @@ from studio.tokens.shard import RECORD_CPU_SECONDS, ShardOrder, kind_of, part_na
 from studio.tokens.tokenizer import tokenizer_sha256
 from studio.whole import locked, whole_folder
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 MAX_BYTES = 20 * 2**30
 # A process takes half a second to start, in which one reads about this much.
 _BYTES_PER_PROCESS = 256 * 1024
@@ -99,6 +99,7 @@ class TokenCache:
     Raises:
         OSError: It is not there.
         pa.ArrowInvalid: A file in it is damaged.
+        KeyError: A file in it lacks a column.
         ValidationError: Its meta.json is damaged.
     """
 
@@ -280,7 +281,7 @@ def _opened(folder: Path) -> TokenCache | None:
         return None
     try:
         cache = TokenCache(folder)
-    except (OSError, pa.ArrowInvalid, ValidationError) as error:
+    except (OSError, KeyError, pa.ArrowInvalid, ValidationError) as error:
         log.warning("the token cache %s is damaged and is made anew: %s", folder.name, error)
         return None
     os.utime(folder / "meta.json")

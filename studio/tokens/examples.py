@@ -1,5 +1,6 @@
 """Tokens and mask of a record: the one function that trainer and inspector read it with."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,7 +82,12 @@ class ExampleMaker:
                 "Choose a dataset of conversations or texts.",
                 field="data.dataset",
             )
-        return self._skeletons.renderings(record)
+        found = self._skeletons.renderings(record)
+        if record.tools and found:
+            # Before the first reply: in it, a call names its tool anyway.
+            first = found[0]
+            _check_tools_are_written(record, first.text[: first.spans[0][0]])
+        return found
 
     def example(self, rendering: Rendering, number: int) -> Example:
         """Return tokens and mask of a text: a token is supervised where it begins in a span."""
@@ -113,3 +119,19 @@ class ExampleMaker:
             mask=np.ones(len(tokens), dtype=np.bool_),
             turns=np.zeros(0, dtype=np.uint32),
         )
+
+
+def _check_tools_are_written(conversation: Conversation, text: str) -> None:
+    """Refuse a template that knows no tools: the model would call what it was never shown.
+
+    Raises:
+        InputError: A function of the conversation's tools is not named in the text.
+    """
+    for tool in conversation.tools:
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and json.dumps(name, ensure_ascii=False)[1:-1] not in text:
+            raise InputError(
+                f"The model's chat template does not write the tool {name[:80]!r}.",
+                "Choose a model whose template knows tools, or leave such conversations out.",
+            )

@@ -1,5 +1,6 @@
 """Examples: the tokens that transformers gives, the mask that the policy says, cuts by whole turns."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,21 @@ def test_a_text_is_learned_as_a_whole_with_its_end(
     assert example.mask.all()
     assert example.is_text
     assert example.line == 3
+
+
+def test_a_template_that_leaves_tools_out_is_refused(folders: dict[str, Path]) -> None:
+    folder = folders[INSTRUCT].with_name("no-tools")
+    shutil.copytree(folders[INSTRUCT], folder)
+    # The same template, but it never sees the tools that the conversation offers.
+    source = "{%- set tools = none %}" + SOURCES[INSTRUCT]
+    (folder / "chat_template.jinja").write_text(source, encoding="utf-8")
+    record = next(each for each in EXAMPLES if each.tools)
+    name = record.tools[0]["function"]["name"]
+
+    with pytest.raises(InputError, match=f"does not write the tool '{name}'"):
+        ExampleMaker(load(folder)).make(record, 0)
+    assert ExampleMaker(load(folder)).make(EXAMPLES[0], 0)
+    assert ExampleMaker(load(folders[INSTRUCT])).make(record, 0)
 
 
 def test_a_preference_is_refused(tokenizers: dict[str, ModelTokenizer]) -> None:
