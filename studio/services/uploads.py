@@ -110,25 +110,25 @@ def find(studio: Studio, upload_id: str) -> Upload:
     Raises:
         NotFoundError: There is none with that id, or not any more.
     """
-    if _ID.fullmatch(upload_id):
-        folder = studio.home.incoming / upload_id
-        try:
-            note = Note.model_validate_json((folder / "upload.json").read_bytes())
-            offset = (folder / "data").stat().st_size
-        except FileNotFoundError:
-            pass
-        else:
-            return Upload(
-                id=upload_id,
-                name=note.name,
-                size_bytes=note.size_bytes,
-                offset=offset,
-                sha256=note.sha256,
-                path=folder / "data",
-            )
-    raise NotFoundError(
+    gone = NotFoundError(
         "The studio does not have this upload (any more).",
         "Choose the file again; what arrived of an upload is kept for one hour.",
+    )
+    if not _ID.fullmatch(upload_id):
+        raise gone
+    folder = studio.home.incoming / upload_id
+    try:
+        note = Note.model_validate_json((folder / "upload.json").read_bytes())
+        offset = (folder / "data").stat().st_size
+    except FileNotFoundError as error:
+        raise gone from error
+    return Upload(
+        id=upload_id,
+        name=note.name,
+        size_bytes=note.size_bytes,
+        offset=offset,
+        sha256=note.sha256,
+        path=folder / "data",
     )
 
 

@@ -3,11 +3,14 @@
 from html import escape
 
 from studio.domain.data_spec import DataSpec
+from studio.domain.spec import BatchSpec
 from studio.services.readings import Plan
 from studio.tokens.statistics import Lengths, MixturePlan, Statistics
 from studio.ui.show import count, facts, notice
 
 WIDTH, HEIGHT, FOOT = 640, 150, 20
+# Of a spec that says nothing else: what the figures of a Dataset alone are counted with.
+STEP_EXAMPLES = BatchSpec().micro_batch_size * BatchSpec().gradient_accumulation_steps
 _GAP = '<div style="height:10px"></div>'
 
 
@@ -19,7 +22,7 @@ def statistics(found: Statistics, model: str) -> str:
         ("examples", count(found.examples)),
         ("shortest · median · longest", _lengths(found.lengths)),
         ("tokens an epoch, after the cut", count(found.epoch.tokens)),
-        ("steps an epoch, 4 examples each", count(found.epoch.steps)),
+        (f"steps an epoch, {STEP_EXAMPLES} examples each", count(found.epoch.steps)),
         ("real tokens in padded batches", f"{found.epoch.padding_efficiency:.0%}"),
         (
             f"real tokens packed into {count(found.packing.length_tokens)}",
@@ -28,7 +31,11 @@ def statistics(found: Statistics, model: str) -> str:
         ("conversations with thinking", _thinking(found)),
     ]
     head = f"{count(found.conversations)} conversations as {model} reads them"
-    speed = "with the fast tokenizer, proved equal to the reference" if found.is_fast else ""
+    speed = (
+        "with the fast tokenizer, which passed its test against the reference"
+        if found.is_fast
+        else ""
+    )
     if not found.is_fast:
         speed = f"with the reference tokenizer: {found.why_slow}"
     return (
