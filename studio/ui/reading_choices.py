@@ -40,7 +40,6 @@ def build(studio: Studio, prefix: str) -> Choices:
         studio: The installation.
         prefix: What the components' ids begin with.
     """
-    fields = DataSpec.model_fields
     models = tokenizers.choices(studio)
     with gr.Row():
         model = gr.Dropdown(
@@ -52,30 +51,12 @@ def build(studio: Studio, prefix: str) -> Choices:
             scale=3,
             elem_id=f"{prefix}-model",
         )
-        thinking = gr.Dropdown(
-            label="Thinking",
-            choices=list(get_args(ThinkingPolicy)),
-            value=fields["thinking"].default,
-            min_width=105,
-            elem_id=f"{prefix}-thinking",
-        )
-        empty_think = gr.Dropdown(
-            label="Empty think",
-            choices=list(get_args(EmptyThinkPolicy)),
-            value=fields["empty_think"].default,
-            min_width=105,
-            elem_id=f"{prefix}-empty-think",
-        )
-        truncation = gr.Dropdown(
-            label="Too long",
-            choices=list(get_args(TruncationPolicy)),
-            value=fields["truncation"].default,
-            min_width=105,
-            elem_id=f"{prefix}-truncation",
-        )
+        thinking = _policy(prefix, "thinking", "Thinking", ThinkingPolicy)
+        empty_think = _policy(prefix, "empty_think", "Empty think", EmptyThinkPolicy)
+        truncation = _policy(prefix, "truncation", "Too long", TruncationPolicy)
         cutoff = gr.Textbox(
             label="Cutoff",
-            value=str(fields["max_length_tokens"].default),
+            value=str(DataSpec.model_fields["max_length_tokens"].default),
             max_lines=1,
             min_width=105,
             elem_id=f"{prefix}-cutoff",
@@ -86,6 +67,16 @@ def build(studio: Studio, prefix: str) -> Choices:
         empty_think=empty_think,
         truncation=truncation,
         cutoff=cutoff,
+    )
+
+
+def _policy(prefix: str, field: str, label: str, values: Any) -> gr.Dropdown:
+    return gr.Dropdown(
+        label=label,
+        choices=list(get_args(values)),
+        value=DataSpec.model_fields[field].default,
+        min_width=105,
+        elem_id=f"{prefix}-{field.replace('_', '-')}",
     )
 
 
