@@ -23,7 +23,8 @@ from studio.domain.chat_template import render
 from studio.domain.orders import MergeOrder
 from studio.errors import EngineError
 from workers.adapter import WEIGHTS
-from workers.engine.model import load_adapter, load_base, load_tokenizer
+from workers.engine.lora import load_adapter
+from workers.engine.model import load_base, load_tokenizer
 from workers.engine.report import PACKAGES
 from workers.process import best_device, tell_stage
 from workers.shards import Shards, find_shards, open_shard, same_bits

@@ -20,7 +20,8 @@ from studio.domain.orders import ChatOrder
 from studio.domain.strict_json import RecordError
 from studio.errors import EngineError, InputError
 from workers.decode import Chooser, Sampling, Voice, decode
-from workers.engine.model import find_base, load_adapter, load_base, load_tokenizer
+from workers.engine.lora import load_adapter
+from workers.engine.model import find_base, load_base, load_tokenizer
 from workers.process import best_device
 from workers.reply import THINK_START, Piece, pieces
 

@@ -13,8 +13,9 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from studio.domain.data_spec import DataSpec
+from studio.domain.lora_spec import LoraSpec
 from studio.domain.section import Section
-from studio.domain.targets import TargetGroup
+from studio.domain.train_spec import BatchSpec, EvalSpec, TrainSpec
 from studio.errors import InputError
 
 SPEC_VERSION: Literal[1] = 1
@@ -47,70 +48,14 @@ class ModelRef(Section):
         return None if value == "" else value
 
 
-class LoraSpec(Section):
-    """The Adapter."""
-
-    rank: int = Field(
-        default=16,
-        ge=1,
-        le=1024,
-        title="Rank",
-        description="Inner size of the adapter; trainable parameters grow in proportion.",
-    )
-    alpha: float = Field(
-        default=32.0,
-        gt=0,
-        le=4096,
-        title="Alpha",
-        description="Strength of the adapter: its output is scaled by alpha / rank.",
-    )
-    dropout: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        title="Dropout",
-        description="Share of adapter inputs dropped in training; 0 is usual for QLoRA.",
-    )
-    targets: tuple[TargetGroup, ...] = Field(
-        default=(TargetGroup.ATTENTION, TargetGroup.DELTA_NET),
-        min_length=1,
-        title="LoRA targets",
-        description="Groups of layers that the adapter may change.",
-    )
-
-    @field_validator("targets")
-    @classmethod
-    def _unique_in_order(cls, value: tuple[TargetGroup, ...]) -> tuple[TargetGroup, ...]:
-        return tuple(group for group in TargetGroup if group in value)
-
-
-class BatchSpec(Section):
-    """How many examples make a step."""
-
-    micro_batch_size: int = Field(
-        default=1,
-        ge=1,
-        le=1024,
-        title="Micro-batch (examples)",
-        description="Examples in one forward and backward pass; memory grows with it.",
-    )
-    gradient_accumulation_steps: int = Field(
-        default=4,
-        ge=1,
-        le=4096,
-        title="Gradient accumulation (micro-batches)",
-        description="Micro-batches summed into one step; same result as a larger batch, "
-        "less memory, more time.",
-    )
-
-
 class OptimSpec(Section):
     """How the weights move."""
 
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "ademamix_8bit"] = Field(
         default="adamw",
         title="Optimizer",
-        description="The 8-bit forms keep their state in a quarter of the memory.",
+        description="The 8-bit forms keep their state in a quarter of the memory; paged moves it "
+        "to the machine's memory when the card is full.",
     )
     learning_rate: float = Field(
         default=2e-4,
@@ -120,10 +65,11 @@ class OptimSpec(Section):
         description="Size of a step at its peak; 2e-4 is usual for LoRA. Too high diverges, "
         "too low learns nothing.",
     )
-    schedule: Literal["cosine", "linear", "constant"] = Field(
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
         default="cosine",
         title="Schedule",
-        description="How the learning rate falls after the warm-up.",
+        description="How the learning rate falls after the warm-up; wsd stays at its peak and "
+        "falls at the end.",
     )
     warmup_ratio: float = Field(
         default=0.1,
@@ -131,6 +77,13 @@ class OptimSpec(Section):
         le=0.5,
         title="Warm-up (share of steps)",
         description="Share of all steps in which the learning rate rises from zero.",
+    )
+    decay_ratio: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        title="Decay (share of steps)",
+        description="Share of all steps in which the learning rate of wsd falls to zero.",
     )
     weight_decay: float = Field(
         default=0.0,
@@ -146,44 +99,20 @@ class OptimSpec(Section):
         title="Largest gradient norm",
         description="A larger gradient is scaled down to it before the step.",
     )
-
-
-class TrainSpec(Section):
-    """How long, and on what."""
-
-    epochs: float = Field(
+    loraplus_ratio: float = Field(
         default=1.0,
-        gt=0,
-        le=1000,
-        title="Epochs",
-        description="Passes over the Dataset; small Datasets need more, too many memorise.",
-    )
-    max_steps: int | None = Field(
-        default=None,
         ge=1,
-        le=10_000_000,
-        title="Most steps",
-        description="Ends the run earlier than the epochs would; empty sets no limit.",
+        le=1000,
+        title="LoRA+ ratio",
+        description="How much faster B learns than A; 1 is plain LoRA, 16 is usual for LoRA+.",
     )
-    seed: int = Field(
-        default=42,
+    neftune_alpha: float = Field(
+        default=0.0,
         ge=0,
-        le=2**32 - 1,
-        title="Seed",
-        description="Same seed, same order of examples and same adapter at the start.",
-    )
-    gradient_checkpointing: bool = Field(
-        default=True,
-        title="Gradient checkpointing",
-        description="Computes activations twice and keeps them once: a third slower, "
-        "much less memory.",
-    )
-    num_gpus: int = Field(
-        default=0,
-        ge=0,
-        le=1024,
-        title="GPUs",
-        description="Cards that one run takes; 0 trains on the CPU (tiny models only).",
+        le=100,
+        title="NEFTune noise",
+        description="Noise on the embeddings in training, against memorising; 0 is none, "
+        "5 is usual.",
     )
 
 
@@ -201,10 +130,11 @@ class JobSpec(Section):
     preset: str = Field(
         default="", max_length=120, title="Preset", description="Preset that it started from."
     )
-    method: Literal["qlora", "lora"] = Field(
+    method: Literal["qlora", "lora", "auto", "full"] = Field(
         default="qlora",
         title="Method",
-        description="qlora keeps the base in 4 bits (NF4), lora in 16 bits.",
+        description="qlora keeps the base in 4 bits (NF4), lora in 16 bits, auto in 16 bits where "
+        "the card has room; full trains all weights.",
     )
     model: ModelRef = Field(default_factory=ModelRef, title="Model")
     data: DataSpec = Field(default_factory=DataSpec, title="Data")
@@ -212,6 +142,7 @@ class JobSpec(Section):
     batch: BatchSpec = Field(default_factory=BatchSpec, title="Batch")
     optim: OptimSpec = Field(default_factory=OptimSpec, title="Optimizer")
     train: TrainSpec = Field(default_factory=TrainSpec, title="Training")
+    eval: EvalSpec = Field(default_factory=EvalSpec, title="Evaluation")
 
     @field_validator("name")
     @classmethod

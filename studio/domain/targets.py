@@ -27,6 +27,11 @@ class TargetGroup(StrEnum):
     DELTA_NET_GATES = "delta_net_gates"
     DENSE_MLP = "dense_mlp"
     SHARED_EXPERT = "shared_expert"
+    SHARED_EXPERT_GATE = "shared_expert_gate"
+    ROUTED_EXPERTS = "routed_experts"
+    ROUTER = "router"
+    EMBEDDINGS = "embeddings"
+    HEAD = "head"
 
 
 GROUP_TITLES = {
@@ -35,6 +40,11 @@ GROUP_TITLES = {
     TargetGroup.DELTA_NET_GATES: "Gated DeltaNet gates (a, b)",
     TargetGroup.DENSE_MLP: "Dense MLP (gate, up, down)",
     TargetGroup.SHARED_EXPERT: "Shared expert (gate, up, down)",
+    TargetGroup.SHARED_EXPERT_GATE: "Gate of the shared expert",
+    TargetGroup.ROUTED_EXPERTS: "Routed experts (gate and up, down)",
+    TargetGroup.ROUTER: "Router",
+    TargetGroup.EMBEDDINGS: "Embeddings",
+    TargetGroup.HEAD: "Head (lm_head)",
 }
 
 

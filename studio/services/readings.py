@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from studio.domain.data_spec import DataSpec
 from studio.domain.reading import Reading
-from studio.domain.spec import BatchSpec, JobSpec, ModelRef, TrainSpec
+from studio.domain.spec import JobSpec, ModelRef
+from studio.domain.train_spec import BatchSpec, TrainSpec
 from studio.errors import NotFoundError
 from studio.intake.split import Overlap
 from studio.services import datasets, mixtures, tokenizers

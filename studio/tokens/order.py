@@ -18,7 +18,7 @@ from itertools import islice
 
 import numpy as np
 
-from studio.domain.spec import BatchSpec, TrainSpec
+from studio.domain.train_spec import BatchSpec, TrainSpec
 
 WINDOW_STEPS = 8
 # A figure of the padding needs no more examples than this.

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from studio.domain.reading import Truncation
 from studio.domain.section import Section
-from studio.domain.spec import BatchSpec, TrainSpec
+from studio.domain.train_spec import BatchSpec, TrainSpec
 from studio.tokens.cache import TokenCache
 from studio.tokens.counts import LISTED, Refused
 from studio.tokens.fitted import Fitted

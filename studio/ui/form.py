@@ -21,6 +21,8 @@ from studio.domain.spec import JobSpec, parse_spec
 Path = tuple[str, ...]
 HIDDEN: frozenset[Path] = frozenset({("version",)})
 MIXTURE: Path = ("data", "mixture")
+# What stands between the texts of a field that holds several; JobSpec takes them apart again.
+BETWEEN: dict[Path, str] = {("lora", "modules"): ", ", ("eval", "prompts"): "\n"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +90,8 @@ def component(leaf: Leaf) -> gr.components.Component:
         return gr.Checkbox(**common)
     if is_groups(leaf):
         return gr.CheckboxGroup(choices=[group.value for group in _enum_of(leaf)], **common)
+    if "\n" in BETWEEN.get(leaf.path, ""):
+        return gr.Textbox(lines=2, max_lines=8, **common)
     # Numbers are typed as text: "2e-4" is how the field writes them, and what cannot be read as
     # a number is answered with a sentence instead of being dropped by the browser.
     return gr.Textbox(max_lines=1, **common)
@@ -120,6 +124,8 @@ def _to_component(leaf: Leaf, value: Any) -> Any:
         return "" if value is None else repr(value).removesuffix(".0")
     if leaf.path == MIXTURE:
         return mixture_to_text(value)
+    if leaf.path in BETWEEN:
+        return BETWEEN[leaf.path].join(value)
     return "" if value is None else value
 
 
@@ -146,6 +152,6 @@ def _from_component(leaf: Leaf, value: Any) -> Any:
     if isinstance(value, str):
         value = value.strip()
     # None is what Gradio sends for an empty text box or list.
-    if value is None and (leaf.kind is str or leaf.path == MIXTURE):
+    if value is None and (leaf.kind is str or leaf.path == MIXTURE or leaf.path in BETWEEN):
         value = ""
     return None if leaf.is_optional and value == "" else value

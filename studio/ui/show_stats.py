@@ -3,7 +3,7 @@
 from html import escape
 
 from studio.domain.data_spec import DataSpec
-from studio.domain.spec import BatchSpec
+from studio.domain.train_spec import BatchSpec
 from studio.services.readings import Plan
 from studio.tokens.statistics import Lengths, MixturePlan, Statistics
 from studio.ui.show import count, facts, notice

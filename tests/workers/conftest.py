@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from studio.disk import Home
-from studio.domain.spec import LoraSpec, ModelRef
+from studio.domain.lora_spec import LoraSpec
+from studio.domain.spec import ModelRef
 from studio.domain.targets import TargetGroup
-from workers.engine.model import add_adapter, find_base, load_base
+from workers.engine.lora import add_adapter
+from workers.engine.model import find_base, load_base
 
 GROUPS = {
     "tiny/qwen3.5": ("attention", "delta_net", "delta_net_gates", "dense_mlp"),

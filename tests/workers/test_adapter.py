@@ -14,7 +14,8 @@ from studio.disk import Home
 from studio.domain.spec import ModelRef
 from studio.errors import EngineError
 from workers.adapter import place, read_adapter
-from workers.engine.model import find_base, load_adapter, load_base
+from workers.engine.lora import load_adapter
+from workers.engine.model import find_base, load_base
 from workers.shards import find_shards
 
 MODEL = "tiny/qwen3.5"

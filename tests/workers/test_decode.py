@@ -13,7 +13,8 @@ from studio.domain.chat_template import render
 from studio.domain.spec import ModelRef
 from studio.errors import EngineError
 from workers.decode import Chooser, Sampling, Voice, decode
-from workers.engine.model import find_base, load_adapter, load_base, load_tokenizer
+from workers.engine.lora import load_adapter
+from workers.engine.model import find_base, load_base, load_tokenizer
 
 FAMILIES = ("tiny/qwen3.5", "tiny/qwen3.5-moe", "tiny/qwen3-next")
 GREEDY = Sampling()

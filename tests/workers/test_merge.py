@@ -22,7 +22,8 @@ from studio.domain.targets import target_modules
 from studio.errors import MachineError
 from workers.adapter import place, read_adapter
 from workers.certify import certify
-from workers.engine.model import find_base, load_adapter, load_base
+from workers.engine.lora import load_adapter
+from workers.engine.model import find_base, load_base
 from workers.merge import check_space, copy_other_files, merge, write_weights
 from workers.process import EXIT_INPUT
 from workers.shards import INDEX, SINGLE, find_shards

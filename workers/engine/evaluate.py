@@ -5,8 +5,8 @@ from peft import PeftModel
 
 from workers.engine.batches import MicroBatch, count_supervised, micro_batches
 from workers.engine.data import Examples
+from workers.engine.lora import base_of
 from workers.engine.loss import supervised_loss
-from workers.engine.model import base_of
 
 
 def batch_loss(model: PeftModel, batch: MicroBatch, num_supervised: int) -> torch.Tensor:

@@ -6,17 +6,12 @@ Not covered: 3-D routed experts stay 16-bit (bitsandbytes quantises nn.Linear on
 Proof says so), vision towers (the text class is loaded), more than one card.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import transformers_weight_conversion
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,8 +22,7 @@ from transformers import (
 
 from studio.disk import TEMPLATES, Home
 from studio.domain.preset import load_models
-from studio.domain.spec import LoraSpec, ModelRef
-from studio.domain.targets import select, target_modules
+from studio.domain.spec import ModelRef
 from studio.errors import EngineError, NotFoundError
 from workers.engine.hub import check_folder, download
 from workers.engine.tiny import ensure_tiny
@@ -40,7 +34,6 @@ Method = Literal["qlora", "lora"]
 # 4 bits save nothing and cost precision. The router (mlp.gate) is no nn.Linear in transformers 5;
 # it is named in case it becomes one.
 SIXTEEN_BIT = ("lm_head", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "mlp.gate")
-_PEFT_PREFIX = "base_model.model."
 
 
 def find_base(model: ModelRef, home: Home) -> Path:
@@ -85,7 +78,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise EngineError(
-            f"The tokenizer in {folder} cannot be read: {_first_line(error)}.",
+            f"The tokenizer in {folder} cannot be read: {first_line(error)}.",
             "Give a folder with tokenizer.json and tokenizer_config.json.",
         ) from error
     if not isinstance(tokenizer.chat_template, str) or not tokenizer.is_fast:
@@ -124,7 +117,7 @@ def load_base(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise EngineError(
-            f"The base weights in {folder} cannot be read: {_first_line(error)}.",
+            f"The base weights in {folder} cannot be read: {first_line(error)}.",
             "Compare the folder with the published one; a download may be incomplete.",
         ) from error
     model: PreTrainedModel = loaded[0]
@@ -159,115 +152,7 @@ def _refuse_gaps(folder: Path, report: dict[str, Any]) -> None:
         )
 
 
-def add_adapter(model: PreTrainedModel, lora: LoraSpec) -> PeftModel:
-    """Wrap the selected layers with a fresh float32 LoRA (B is zero: nothing changes yet).
-
-    A is drawn from torch's global generator, so seed it before.
-
-    Raises:
-        InputError: A target group matches nothing in this model.
-        EngineError: PEFT adapted other layers than the selected ones.
-    """
-    names = selected_modules(model, lora)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # only ever divided by the rank
-        lora_dropout=lora.dropout,
-        target_modules=names,
-        bias="none",
-    )
-    with _shared_experts_stay_apart():
-        wrapped = get_peft_model(model, config)
-    check_adapted(wrapped, names)
-    return wrapped
-
-
-def load_adapter(base: PreTrainedModel, adapter_folder: Path) -> PeftModel:
-    """Load a saved Adapter onto a base, frozen.
-
-    Raises:
-        EngineError: The folder is no Adapter, or does not fit this base.
-    """
-    try:
-        with safe_open(adapter_folder / "adapter_model.safetensors", framework="pt") as file:
-            keys = list(file.keys())
-        with _shared_experts_stay_apart():
-            wrapped = PeftModel.from_pretrained(base, adapter_folder, is_trainable=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise EngineError(
-            f"The Adapter in {adapter_folder} cannot be loaded: {_first_line(error)}.",
-            "Use an Adapter that was trained on this base model.",
-        ) from error
-    names = {key.removeprefix(_PEFT_PREFIX).rsplit(".lora_", 1)[0] for key in keys}
-    check_adapted(wrapped, sorted(names))
-    return wrapped.eval()
-
-
-def selected_modules(model: PreTrainedModel, lora: LoraSpec) -> list[str]:
-    """Return the full names of the layers that `lora.targets` selects in a text model.
-
-    Raises:
-        InputError: A target group matches nothing in this model.
-    """
-    modules = target_modules(model.config.to_dict())
-    return [f"model.{module.name}" for module in select(modules, lora.targets)]
-
-
-def base_of(model: PeftModel) -> PreTrainedModel:
-    """Return the base model inside; its layers carry the LoRA."""
-    base = model.get_base_model()
-    assert isinstance(base, PreTrainedModel)
-    return base
-
-
-def lora_layers(model: PeftModel) -> dict[str, LoraLayer]:
-    """Return the layers that really carry a LoRA, by their full name in the base."""
-    return {
-        name.removeprefix(_PEFT_PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    }
-
-
-def check_adapted(model: PeftModel, names: Sequence[str]) -> None:
-    """Compare the layers that carry a LoRA with those that shall.
-
-    Raises:
-        EngineError: They differ; one of each kind is named.
-    """
-    wanted, found = set(names), set(lora_layers(model))
-    if wanted == found:
-        return
-    lost, extra = sorted(wanted - found), sorted(found - wanted)
-    said = [f"{len(lost)} selected layers carry no LoRA, as {lost[0]}"] if lost else []
-    said += (
-        [f"{len(extra)} layers carry one that were not selected, as {extra[0]}"] if extra else []
-    )
-    raise EngineError(
-        f"PEFT adapted other layers than the selected ones: {'; '.join(said)}.",
-        "This is a fault of the studio or of this version of PEFT; see log.txt.",
-    )
-
-
-@contextmanager
-def _shared_experts_stay_apart() -> Iterator[None]:
-    """Keep PEFT from moving Qwen3-Next's shared-expert LoRA to the routed experts.
-
-    PEFT 0.21.2 reads `qwen3_next` as `qwen2_moe` and rewrites every target that ends in gate_proj,
-    up_proj or down_proj into target_parameters of the routed experts, silently
-    (https://github.com/huggingface/peft/issues/3711, open). PEFT offers no switch, so the entry
-    is taken out of PEFT's own copy of the table while the layers are wrapped, and put back.
-    """
-    table: dict[str, str] = vars(transformers_weight_conversion)["_MODEL_TO_CONVERSION_PATTERN"]
-    entry = table.pop("qwen3_next", None)
-    try:
-        yield
-    finally:
-        if entry is not None:
-            table["qwen3_next"] = entry
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an exception of a library says, without its full stop."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

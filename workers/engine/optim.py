@@ -22,6 +22,8 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimSpec) -> tor
             return _eight_bit("AdamW8bit", trainable, optim)
         case "paged_adamw_8bit":
             return _eight_bit("PagedAdamW8bit", trainable, optim)
+        case "ademamix_8bit":
+            return _eight_bit("AdEMAMix8bit", trainable, optim)
 
 
 def _eight_bit(name: str, trainable: list[nn.Parameter], optim: OptimSpec) -> torch.optim.Optimizer:
@@ -54,6 +56,8 @@ def learning_rate_at(optim: OptimSpec, step: int, total_steps: int) -> float:
             return optim.learning_rate * (1 - done)
         case "constant":
             return optim.learning_rate
+        case "wsd":
+            return optim.learning_rate * min(1.0, (1 - done) / optim.decay_ratio)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

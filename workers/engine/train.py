@@ -27,17 +27,14 @@ from studio.errors import EngineError, InputError
 from studio.tokens.order import count_steps, epoch_ends, step_order
 from workers.engine.batches import count_supervised, micro_batches
 from workers.engine.checkpoint import save_adapter, save_checkpoint
+from workers.engine.coverage import prove_coverage
 from workers.engine.data import Examples, read_data
 from workers.engine.evaluate import batch_loss, evaluation_loss
-from workers.engine.model import add_adapter, find_base, load_base, load_tokenizer
+from workers.engine.lora import add_adapter
+from workers.engine.lora_proofs import prove_learned, prove_targets
+from workers.engine.model import find_base, load_base, load_tokenizer
 from workers.engine.optim import build_optimizer, learning_rate_at, set_learning_rate
-from workers.engine.proofs import (
-    prove_coverage,
-    prove_learned,
-    prove_loss,
-    prove_mask,
-    prove_targets,
-)
+from workers.engine.proofs import prove_loss, prove_mask
 from workers.engine.report import Reporter
 
 log = logging.getLogger(__name__)
@@ -97,6 +94,10 @@ def build(folder: RunFolder) -> Training:
     report = Reporter(folder)
     report.begin()
     spec = _read_spec(folder)
+    if spec.method == "auto" or spec.method == "full":
+        raise EngineError(
+            f"The method {spec.method} is not supported yet.", "Choose qlora or lora."
+        )
     accelerator = _accelerator(spec.train.num_gpus)
     report.stage("finding the base model", spec.model.id)
     base_folder = find_base(spec.model, folder.home)
@@ -115,7 +116,7 @@ def build(folder: RunFolder) -> Training:
     proofs.insert(0, prove_targets(model, spec.lora))
     report.proofs(proofs)
     _refuse_failed(proofs)
-    if spec.train.gradient_checkpointing:
+    if spec.train.recompute != "none":
         base.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False}
         )

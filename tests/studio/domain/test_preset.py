@@ -123,7 +123,7 @@ def test_a_qwen_preset_has_the_hyper_parameters_of_the_example_that_it_links(nam
         spec.optim.warmup_ratio,
     )
     assert (spec.optim.schedule, spec.train.epochs) == ("cosine", 1.0)
-    assert spec.train.gradient_checkpointing
+    assert spec.train.recompute == "auto"
     assert spec.method == ("lora" if name.endswith("-lora") else "qlora")
     assert PRESETS[name].source.startswith(
         "https://github.com/axolotl-ai-cloud/axolotl/blob/main/examples/qwen3"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from studio.domain.data_spec import DataSpec, MixturePart
-from studio.domain.spec import BatchSpec, JobSpec, ModelRef, TrainSpec
+from studio.domain.spec import JobSpec, ModelRef
+from studio.domain.train_spec import BatchSpec, TrainSpec
 from studio.errors import EngineError, InputError, NotFoundError
 from studio.intake.read import no_progress
 from studio.services import datasets, readings, tokenizers

@@ -7,7 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
-from studio.domain.spec import BatchSpec, TrainSpec
+from studio.domain.train_spec import BatchSpec, TrainSpec
 from studio.tokens.order import (
     WINDOW_STEPS,
     Part,

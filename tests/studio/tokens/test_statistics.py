@@ -13,7 +13,7 @@ from studio.domain.conversation import Conversation, Message
 from studio.domain.openai_messages import from_openai
 from studio.domain.preset import load_models
 from studio.domain.reading import Reading, Truncation
-from studio.domain.spec import BatchSpec, TrainSpec
+from studio.domain.train_spec import BatchSpec, TrainSpec
 from studio.tokens.cache import TokenCache, build
 from studio.tokens.fitted import Fitted
 from studio.tokens.order import Part, step_order

@@ -58,6 +58,9 @@ def drawn(leaf: form.Leaf) -> st.SearchStrategy[Any]:
             {"dataset": names.filter(bool), "weight": st.floats(1e-6, 100)}
         )
         found = st.lists(part, max_size=3)
+    elif leaf.path in form.BETWEEN:
+        word = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters=","))
+        found = st.lists(word.filter(bool), max_size=3)
     elif leaf.kind is str:
         # What stands around a typed text is taken away.
         typed = st.text(st.characters(exclude_categories=["C", "Z"]), max_size=30)
@@ -93,6 +96,12 @@ def test_what_is_hidden_is_a_leaf_of_the_spec() -> None:
     assert {".".join(path) for path in form.HIDDEN} <= set(keys(JobSpec()))
 
 
+def test_no_targets_and_no_layers_is_answered_beside_the_layers() -> None:
+    with pytest.raises(InputError, match="choose a group of targets, or name a layer") as caught:
+        form.to_spec(values_with("lora.targets", []), LEAVES)
+    assert caught.value.field == "lora.modules"
+
+
 @settings(deadline=None, max_examples=100)
 @given(specs())
 def test_any_valid_spec_comes_back_from_the_form_unchanged(spec: JobSpec) -> None:
@@ -110,7 +119,7 @@ def test_every_leaf_has_a_component_with_title_explanation_and_address(leaf: for
 def test_the_kind_of_a_component_follows_the_kind_of_the_leaf() -> None:
     kinds = {key: type(form.component(leaf)) for key, leaf in BY_KEY.items()}
     assert kinds["method"] is gr.Dropdown
-    assert kinds["train.gradient_checkpointing"] is gr.Checkbox
+    assert kinds["train.accept_slow_kernels"] is gr.Checkbox
     assert kinds["lora.targets"] is gr.CheckboxGroup
     assert kinds["optim.learning_rate"] is kinds["train.max_steps"] is gr.Textbox
 
@@ -157,7 +166,6 @@ def test_what_a_person_types_is_understood(key: str, typed: object, read: object
         ("optim.learning_rate", "inf", "optim.learning_rate is 'inf': input should be a finite"),
         ("optim.learning_rate", "", "optim.learning_rate is '': input should be a valid number"),
         ("train.max_steps", "soon", "train.max_steps is 'soon': input should be a valid integer"),
-        ("lora.targets", [], "lora.targets is []: "),
         ("data.mixture", "faq: much", "data.mixture.0.weight is 'much': input should be a valid"),
         ("data.mixture", "faq: 0", "data.mixture.0.weight is '0': input should be greater than 0"),
         ("data.mixture", ": 2", "data.mixture.0.dataset is '': "),

@@ -106,7 +106,7 @@ def small_spec(**changes: Any) -> JobSpec:
         "lora": {"rank": 4, "targets": ["attention", "delta_net", "dense_mlp"]},
         "batch": {"micro_batch_size": 4, "gradient_accumulation_steps": 1},
         "optim": {"learning_rate": 1e-3},
-        "train": {"max_steps": 3, "gradient_checkpointing": False},
+        "train": {"max_steps": 3, "recompute": "none"},
     }
     for section, fields in changes.items():
         values[section] = (

@@ -10,13 +10,14 @@ from torch import nn
 from torch.nn import functional
 
 from studio.domain.conversation import Conversation
-from studio.domain.spec import LoraSpec
+from studio.domain.lora_spec import LoraSpec
 from studio.domain.targets import TargetGroup
 from studio.tokens.examples import Example
 from tests.workers.engine.conftest import MakeExamples
 from workers.engine.batches import IGNORED, count_supervised, micro_batches
+from workers.engine.lora import add_adapter, base_of
 from workers.engine.loss import CHUNK_TOKENS, supervised_loss
-from workers.engine.model import add_adapter, base_of, load_base
+from workers.engine.model import load_base
 
 
 def reference(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> torch.Tensor:

@@ -13,22 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from studio.disk import Home
-from studio.domain.spec import LoraSpec, ModelRef
+from studio.domain.lora_spec import LoraSpec
+from studio.domain.spec import ModelRef
 from studio.domain.targets import TargetGroup, count_by_group, select, target_modules
 from studio.errors import EngineError, InputError, NotFoundError
 from tests.workers.engine.conftest import FAMILIES, all_groups
 from workers.engine.checkpoint import save_adapter
-from workers.engine.model import (
-    SIXTEEN_BIT,
+from workers.engine.lora import (
     add_adapter,
     check_adapted,
-    find_base,
     load_adapter,
-    load_base,
-    load_tokenizer,
     lora_layers,
     selected_modules,
 )
+from workers.engine.model import SIXTEEN_BIT, find_base, load_base, load_tokenizer
 
 TOKENS = torch.arange(5, 45)[None]
 

@@ -9,18 +9,15 @@ import torch
 from torch import nn
 
 from studio.domain.conversation import Conversation
+from studio.domain.lora_spec import LoraSpec
 from studio.domain.reading import Reading
-from studio.domain.spec import LoraSpec
 from studio.domain.targets import TargetGroup
 from tests.workers.engine.conftest import FAMILIES, MakeExamples, all_groups
-from workers.engine.model import add_adapter, load_base, load_tokenizer, lora_layers
-from workers.engine.proofs import (
-    prove_coverage,
-    prove_learned,
-    prove_loss,
-    prove_mask,
-    prove_targets,
-)
+from workers.engine.coverage import prove_coverage
+from workers.engine.lora import add_adapter, lora_layers
+from workers.engine.lora_proofs import prove_learned, prove_targets
+from workers.engine.model import load_base, load_tokenizer
+from workers.engine.proofs import prove_loss, prove_mask
 
 ATTENTION_ONLY = (TargetGroup.ATTENTION,)
 

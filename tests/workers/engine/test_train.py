@@ -17,7 +17,8 @@ from studio.errors import EngineError, InputError
 from tests.workers.engine.conftest import MakeRun, store
 from workers.engine.checkpoint import load_checkpoint, save_checkpoint
 from workers.engine.evaluate import evaluation_loss
-from workers.engine.model import load_adapter, load_base
+from workers.engine.lora import load_adapter
+from workers.engine.model import load_base
 from workers.engine.train import Training, build, step, stop, train
 
 
@@ -142,7 +143,7 @@ def test_micro_batch_times_accumulation_gives_the_same_losses(make_run: MakeRun)
 
 
 def test_gradient_checkpointing_changes_no_loss(make_run: MakeRun) -> None:
-    plain, saving = make_run(), make_run(train={"gradient_checkpointing": True})
+    plain, saving = make_run(), make_run(train={"recompute": "all"})
     train(plain)
     train(saving)
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
