@@ -21,6 +21,7 @@ from studio.options import OUR_ERROR, USER_ERROR, HomeOption, JsonOption, settin
 from studio.serve import check_port, serve_page
 from studio.services import artifacts, chats, runs, workers
 from studio.services.studio import Studio, open_studio
+from studio.store.rows import RunRow
 from studio.terminal import err, out, say_json
 
 app = typer.Typer(
@@ -113,6 +114,10 @@ def run(
     """Launch a training run from a spec; `preset: NAME` alone fills in the rest."""
     studio = studio_of(home)
     row = runs.submit(studio, _read_spec(studio, spec_file))
+    _follow(studio, row, wait=wait, as_json=as_json)
+
+
+def _follow(studio: Studio, row: RunRow, *, wait: bool, as_json: bool) -> None:
     with workers.need_worker(studio):
         if wait:
             row = terminal.follow_run(studio, row.id)
@@ -183,6 +188,18 @@ def stop(run_id: RunArgument, home: HomeOption = None, as_json: JsonOption = Fal
         say_json(terminal.run_values(studio, row))
     else:
         out.print(f"run {row.id} is {row.state}")
+
+
+@app.command()
+def resume(
+    run_id: RunArgument,
+    wait: WaitOption = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on with a stopped or failed run from its latest checkpoint."""
+    studio = studio_of(home)
+    _follow(studio, runs.resume(studio, run_id), wait=wait, as_json=as_json)
 
 
 @app.command()

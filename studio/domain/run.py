@@ -15,8 +15,8 @@ class RunState(StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether nothing follows."""
-        return not MOVES[self]
+        """Whether nothing follows unless somebody resumes it."""
+        return self in FINAL
 
     @property
     def is_live(self) -> bool:
@@ -25,15 +25,17 @@ class RunState(StrEnum):
 
 
 LIVE = frozenset({RunState.RUNNING, RunState.STOPPING})
+FINAL = frozenset({RunState.STOPPED, RunState.FINISHED, RunState.FAILED})
 
 MOVES: dict[RunState, frozenset[RunState]] = {
     RunState.QUEUED: frozenset({RunState.RUNNING, RunState.STOPPED}),
     RunState.RUNNING: frozenset({RunState.STOPPING, RunState.FINISHED, RunState.FAILED}),
     # A run may finish or fail while the wish to stop travels to it.
     RunState.STOPPING: frozenset({RunState.STOPPED, RunState.FINISHED, RunState.FAILED}),
-    RunState.STOPPED: frozenset(),
+    # Resumed from its latest Checkpoint; what is finished has nothing left to do.
+    RunState.STOPPED: frozenset({RunState.QUEUED}),
+    RunState.FAILED: frozenset({RunState.QUEUED}),
     RunState.FINISHED: frozenset(),
-    RunState.FAILED: frozenset(),
 }
 
 

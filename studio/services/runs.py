@@ -107,6 +107,29 @@ def stop(studio: Studio, run_id: int) -> RunRow:
     return row
 
 
+def resume(studio: Studio, run_id: int) -> RunRow:
+    """Put a stopped or failed Run back into the queue; it goes on from its latest Checkpoint.
+
+    One that has no Checkpoint starts from the beginning.
+
+    Raises:
+        NotFoundError: There is no such Run.
+        ConflictError: It is queued or works, or it is finished.
+    """
+    with studio.database.write() as session:
+        moved = leases.move(session, RunRow, run_id, RunState.QUEUED, now=time.time())
+        if moved:
+            row = session.get_one(RunRow, run_id, populate_existing=True)
+            row.finished_at, row.error, row.result, row.stage = None, None, None, ""
+    row = get(studio, run_id)
+    if not moved:
+        raise ConflictError(
+            f"Run {run_id} is {row.state}.", "Only a stopped or failed run can be resumed."
+        )
+    studio.dispatch.ring(Bell.TRAIN)
+    return row
+
+
 def listing(studio: Studio) -> Sequence[RunRow]:
     """Return the newest Runs, newest first."""
     with studio.database.read() as session:

@@ -56,6 +56,7 @@ def build(studio: Studio) -> RunsTab:
                 stop = gr.Button(
                     "Stop", variant="stop", interactive=False, min_width=90, elem_id="run-stop"
                 )
+                resume = gr.Button("Resume", interactive=False, min_width=90, elem_id="run-resume")
                 to_merge = gr.Button("Merge", interactive=False, min_width=90, elem_id="run-merge")
                 to_chat = gr.Button("Chat", interactive=False, min_width=90, elem_id="run-chat")
             proofs = gr.HTML(elem_id="run-proofs")
@@ -72,7 +73,7 @@ def build(studio: Studio) -> RunsTab:
             log, spec = _folded()
 
     charts = [loss, eval_loss, rate, norm]
-    outputs = [pick, head, stop, to_merge, to_chat, held_out, *charts, proofs, log, spec]
+    outputs = [pick, head, stop, resume, to_merge, to_chat, held_out, *charts, proofs, log, spec]
 
     def look(run_id: int | None, before: dict[str, Any]) -> list[Any]:
         return _changed(_values(studio, run_id), before)
@@ -83,12 +84,19 @@ def build(studio: Studio) -> RunsTab:
         runs.stop(studio, int(run_id))
         gr.Info(f"Run {run_id} stops at its next step.")
 
+    def ask_to_resume(run_id: int | None) -> None:
+        if run_id is None:
+            raise NotFoundError("No run is chosen.", "Choose one in the list.")
+        runs.resume(studio, int(run_id))
+        gr.Info(f"Run {run_id} goes on from its latest checkpoint.")
+
     watching: dict[str, Any] = {"show_progress": "hidden"}
     gr.on([timer.tick, pick.change], shown(look), [pick, seen], [seen, *outputs], **watching)
     pick.change(None, pick, None, js="(run) => window.studio.remember('run', run)")
-    stop.click(shown(ask_to_stop), pick, None).then(
-        shown(look), [pick, seen], [seen, *outputs], **watching
-    )
+    for button, act in ((stop, ask_to_stop), (resume, ask_to_resume)):
+        button.click(shown(act), pick, None).then(
+            shown(look), [pick, seen], [seen, *outputs], **watching
+        )
     return RunsTab(pick=pick, to_merge=to_merge, to_chat=to_chat)
 
 
@@ -142,11 +150,13 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
     stamps = show.proofs(found, recalled, is_over=is_over)
     log = runs.log_tail(studio, row.id)
     can_stop = row.state in (RunState.QUEUED, RunState.RUNNING)
+    can_resume = row.state in (RunState.STOPPED, RunState.FAILED)
     stop_text = "Stopping ..." if row.state == RunState.STOPPING else "Stop"
     return [
         picked,
         (head, lambda: head),
         ((can_stop, stop_text), lambda: gr.Button(stop_text, interactive=can_stop)),
+        (can_resume, lambda: gr.Button(interactive=can_resume)),
         (has_adapter, lambda: gr.Button(interactive=has_adapter)),
         (has_adapter, lambda: gr.Button(interactive=has_adapter)),
         (has_eval, lambda: gr.Column(visible=has_eval)),
@@ -169,6 +179,7 @@ def _nothing() -> list[tuple[Any, Any]]:
     blank = ("blank", lambda: chart_value("", []))
     return [
         ("empty", lambda: EMPTY),
+        off,
         off,
         off,
         off,

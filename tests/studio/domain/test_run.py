@@ -1,4 +1,4 @@
-"""Run states: every life ends, and nothing leaves an end."""
+"""Run states: every life ends, and an end is left by the queue alone."""
 
 import pytest
 
@@ -7,14 +7,18 @@ from studio.domain.run import LIVE, MOVES, RunState, sources
 ENDS = {RunState.STOPPED, RunState.FINISHED, RunState.FAILED}
 
 
-def reachable(start: RunState) -> set[RunState]:
+def reachable(start: RunState, shut: frozenset[RunState] = frozenset()) -> set[RunState]:
     found: set[RunState] = set()
     waiting = {start}
     while waiting:
         state = waiting.pop()
         found.add(state)
-        waiting |= MOVES[state] - found
+        waiting |= MOVES[state] - found - shut
     return found
+
+
+def reachable_without_the_queue(start: RunState) -> set[RunState]:
+    return reachable(start, frozenset({RunState.QUEUED}))
 
 
 def test_every_state_can_be_reached_from_the_queue() -> None:
@@ -28,10 +32,12 @@ def test_every_state_is_final_or_leads_to_an_end_and_never_to_itself(state: RunS
     assert state not in MOVES[state]
 
 
-def test_no_state_comes_back() -> None:
-    for state in RunState:
+def test_a_state_comes_back_only_when_a_stopped_or_failed_run_is_queued_again() -> None:
+    assert sources(RunState.QUEUED) == {RunState.STOPPED, RunState.FAILED}
+    assert not MOVES[RunState.FINISHED]
+    for state in set(RunState) - ENDS:
         for following in MOVES[state]:
-            assert state not in reachable(following)
+            assert state not in reachable_without_the_queue(following)
 
 
 @pytest.mark.parametrize("target", RunState)

@@ -75,6 +75,38 @@ def test_a_wrong_spec_is_answered_with_field_and_value(
     assert words in str(caught.value)
 
 
+def test_a_stopped_run_is_queued_again_and_a_worker_hears_of_it(studio: Studio) -> None:
+    row = runs.submit(studio, spec(studio))
+    runs.stop(studio, row.id)
+
+    resumed = runs.resume(studio, row.id)
+
+    assert (resumed.state, resumed.finished_at) == (RunState.QUEUED, None)
+    assert cast(FakeDispatch, studio.dispatch).rung == [Bell.TRAIN, Bell.TRAIN]
+
+
+def test_a_failed_run_that_is_resumed_forgets_why_it_failed(studio: Studio) -> None:
+    row = runs.submit(studio, spec(studio))
+    with studio.database.write() as session:
+        claimed = leases.claim(session, RunRow, owner="w", now=1.0, max_live=1)
+        assert claimed is not None
+        lease = leases.Lease(table=RunRow, id=row.id, epoch=claimed.epoch, owner="w")
+        words = {"error": {"type": "EngineError", "message": "Out of memory.", "hint": ""}}
+        assert leases.finish(session, lease, RunState.FAILED, now=2.0, values=words)
+
+    resumed = runs.resume(studio, row.id)
+
+    assert (resumed.state, resumed.error) == (RunState.QUEUED, None)
+
+
+def test_only_what_is_over_and_not_finished_is_resumed(studio: Studio) -> None:
+    row = runs.submit(studio, spec(studio))
+    with pytest.raises(ConflictError, match=f"Run {row.id} is QUEUED"):
+        runs.resume(studio, row.id)
+    with pytest.raises(NotFoundError, match="no run 99"):
+        runs.resume(studio, 99)
+
+
 def test_a_queued_run_stops_at_once(studio: Studio) -> None:
     row = runs.submit(studio, spec(studio))
     assert runs.stop(studio, row.id).state == RunState.STOPPED
