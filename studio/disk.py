@@ -81,6 +81,11 @@ class RunFolder:
         return self.path / "proofs.json"
 
     @property
+    def samples(self) -> Path:
+        """Sample replies, one JSON object a line: see studio.domain.sample."""
+        return self.path / "samples.jsonl"
+
+    @property
     def recall(self) -> Path:
         """Answers of base and tuned model to the questions of the example Dataset."""
         return self.path / "recall.json"

@@ -15,6 +15,7 @@ from studio.domain.metrics import STEP_SECONDS, Point, thin, time_left_seconds
 from studio.domain.preset import find_preset
 from studio.domain.proof import Proofs, Recall
 from studio.domain.run import RunState
+from studio.domain.sample import Sample
 from studio.domain.spec import JobSpec, parse_spec, yaml_mapping
 from studio.errors import ConflictError, NotFoundError
 from studio.services import mixtures, models
@@ -224,6 +225,15 @@ def recall(studio: Studio, run_id: int) -> Recall | None:
     if not path.exists():
         return None
     return Recall.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def samples(studio: Studio, run_id: int) -> list[Sample]:
+    """Return what the model said to the sample prompts so far, in the order of the steps."""
+    path = folder(studio, run_id).samples
+    if not path.exists():
+        return []
+    whole = path.read_bytes().rpartition(b"\n")[0]
+    return [Sample.model_validate_json(line) for line in whole.splitlines()]
 
 
 def stage_of(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Runs: state, progress, curves, proofs and log, live; all of it read from the store."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -13,7 +14,7 @@ from studio.errors import NotFoundError
 from studio.services import runs
 from studio.services.studio import Studio
 from studio.store.rows import RunRow
-from studio.ui import show
+from studio.ui import show, show_samples
 from studio.ui.chart import chart, chart_value
 from studio.ui.edge import shown
 
@@ -70,38 +71,56 @@ def build(studio: Studio) -> RunsTab:
                     rate = chart("Learning rate", "chart-learning-rate")
                 with gr.Column(min_width=280):
                     norm = chart("Gradient norm before clipping", "chart-grad-norm")
-            log, spec = _folded()
+            asked, said, log, spec = _folded()
 
     charts = [loss, eval_loss, rate, norm]
-    outputs = [pick, head, stop, resume, to_merge, to_chat, held_out, *charts, proofs, log, spec]
+    outputs = [
+        pick,
+        head,
+        stop,
+        resume,
+        to_merge,
+        to_chat,
+        held_out,
+        *charts,
+        proofs,
+        asked,
+        said,
+        log,
+        spec,
+    ]
 
     def look(run_id: int | None, before: dict[str, Any]) -> list[Any]:
         return _changed(_values(studio, run_id), before)
 
-    def ask_to_stop(run_id: int | None) -> None:
-        if run_id is None:
-            raise NotFoundError("No run is chosen.", "Choose one in the list.")
-        runs.stop(studio, int(run_id))
-        gr.Info(f"Run {run_id} stops at its next step.")
-
-    def ask_to_resume(run_id: int | None) -> None:
-        if run_id is None:
-            raise NotFoundError("No run is chosen.", "Choose one in the list.")
-        runs.resume(studio, int(run_id))
-        gr.Info(f"Run {run_id} goes on from its latest checkpoint.")
-
     watching: dict[str, Any] = {"show_progress": "hidden"}
     gr.on([timer.tick, pick.change], shown(look), [pick, seen], [seen, *outputs], **watching)
     pick.change(None, pick, None, js="(run) => window.studio.remember('run', run)")
-    for button, act in ((stop, ask_to_stop), (resume, ask_to_resume)):
+    stops = _asks(partial(runs.stop, studio), "Run {} stops at its next step.")
+    resumes = _asks(partial(runs.resume, studio), "Run {} goes on from its latest checkpoint.")
+    for button, act in ((stop, stops), (resume, resumes)):
         button.click(shown(act), pick, None).then(
             shown(look), [pick, seen], [seen, *outputs], **watching
         )
     return RunsTab(pick=pick, to_merge=to_merge, to_chat=to_chat)
 
 
-def _folded() -> tuple[gr.Textbox, gr.Code]:
-    """Lay out what is folded away at first: log and spec."""
+def _asks(act: Callable[[int], object], words: str) -> Callable[[int | None], None]:
+    """Return what a button does with the chosen Run; `words` say so, with its number."""
+
+    def ask(run_id: int | None) -> None:
+        if run_id is None:
+            raise NotFoundError("No run is chosen.", "Choose one in the list.")
+        act(int(run_id))
+        gr.Info(words.format(run_id))
+
+    return ask
+
+
+def _folded() -> tuple[gr.Accordion, gr.HTML, gr.Textbox, gr.Code]:
+    """Lay out what is folded away at first: sample replies, log and spec."""
+    with gr.Accordion("Sample replies", open=False, visible=False) as asked:
+        said = gr.HTML(elem_id="run-samples")
     with gr.Accordion("Log", open=False):
         log = gr.Textbox(
             show_label=False,
@@ -121,7 +140,7 @@ def _folded() -> tuple[gr.Textbox, gr.Code]:
             buttons=["copy"],
             elem_id="run-spec",
         )
-    return log, spec
+    return asked, said, log, spec
 
 
 def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
@@ -148,6 +167,7 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
     head = show.run_head(row, done)
     found, recalled = runs.proofs(studio, row.id).proofs, runs.recall(studio, row.id)
     stamps = show.proofs(found, recalled, is_over=is_over)
+    said = show_samples.samples(runs.samples(studio, row.id))
     log = runs.log_tail(studio, row.id)
     can_stop = row.state in (RunState.QUEUED, RunState.RUNNING)
     can_resume = row.state in (RunState.STOPPED, RunState.FAILED)
@@ -162,6 +182,8 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
         (has_eval, lambda: gr.Column(visible=has_eval)),
         *[_curve(chosen, name, curves[name]) for name in CURVES],
         (stamps, lambda: stamps),
+        (bool(said), lambda: gr.Accordion(visible=bool(said))),
+        (said, lambda: said),
         (log, lambda: log),
         (chosen, lambda: spec_to_yaml(runs.spec_of(row))),
     ]
@@ -185,6 +207,8 @@ def _nothing() -> list[tuple[Any, Any]]:
         off,
         ("hidden", lambda: gr.Column(visible=False)),
         *[blank for _ in CURVES],
+        ("", lambda: ""),
+        ("hidden", lambda: gr.Accordion(visible=False)),
         ("", lambda: ""),
         ("", lambda: ""),
         ("", lambda: ""),

@@ -15,6 +15,7 @@ import torch
 from studio.disk import RunFolder, write_whole
 from studio.domain.metrics import StepRecord
 from studio.domain.proof import Proof, Proofs
+from studio.domain.sample import Sample
 from studio.errors import disk_errors
 
 PACKAGES = ("delta-studio", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
@@ -32,9 +33,22 @@ class Reporter:
         self._start = time.monotonic()
 
     def begin(self) -> None:
-        """Remove what an earlier attempt at the same run has left, so that nothing is mixed."""
-        for path in (self._run.metrics, self._run.result, self._run.error, self._run.proofs):
+        """Remove how an earlier attempt at the same run ended, and what it had proved."""
+        for path in (self._run.result, self._run.error, self._run.proofs):
             path.unlink(missing_ok=True)
+
+    def go_on(self, step: int) -> None:
+        """Drop what an earlier attempt measured after `step`: those steps are taken again.
+
+        Raises:
+            MachineError: The disk is full or read-only.
+        """
+        for path in (self._run.metrics, self._run.samples):
+            if not path.exists():
+                continue
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = "".join(line for line in lines if _is_until(line, step))
+            write_whole(path, kept)
 
     def stage(self, stage: str, detail: str = "") -> None:
         """Say what the engine does now."""
@@ -49,6 +63,16 @@ class Reporter:
         record = StepRecord(step=step, total_steps=total_steps, values=dict(values))
         with disk_errors("writing metrics"), self._run.metrics.open("a", encoding="utf-8") as file:
             file.write(record.model_dump_json() + "\n")
+
+    def samples(self, samples: Sequence[Sample]) -> None:
+        """Append sample replies to samples.jsonl, as one write.
+
+        Raises:
+            MachineError: The disk is full or read-only.
+        """
+        text = "".join(sample.model_dump_json() + "\n" for sample in samples)
+        with disk_errors("writing samples"), self._run.samples.open("a", encoding="utf-8") as file:
+            file.write(text)
 
     def proofs(self, proofs: Sequence[Proof]) -> None:
         """Write all Proofs measured so far."""
@@ -74,6 +98,11 @@ class Reporter:
             "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
         }
         write_whole(self._run.result, json.dumps(values, indent=2))
+
+
+def _is_until(line: str, step: int) -> bool:
+    # The last line may be half: the process was killed while it wrote it.
+    return line.endswith("}\n") and int(json.loads(line)["step"]) <= step
 
 
 def peak_memory_bytes() -> int:

@@ -93,6 +93,7 @@ def build(folder: RunFolder) -> Training:
     """Read the order, check it against data and machine, and load all that the loop needs."""
     report = Reporter(folder)
     report.begin()
+    report.go_on(-1)
     spec = _read_spec(folder)
     if spec.method == "auto" or spec.method == "full":
         raise EngineError(
@@ -122,7 +123,7 @@ def build(folder: RunFolder) -> Training:
         )
     # The model is not prepared: at world size 1 accelerate would only wrap it for gradient
     # exchange with nobody.
-    optimizer = accelerator.prepare(build_optimizer(model.parameters(), spec.optim))
+    optimizer = accelerator.prepare(build_optimizer(model.named_parameters(), spec.optim))
     per_epoch = data.training.per_epoch
     total_steps = count_steps(per_epoch, spec.batch, spec.train)
     log.info("%d examples an epoch, %d steps on %s", per_epoch, total_steps, accelerator.device)

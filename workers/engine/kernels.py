@@ -1,0 +1,264 @@
+"""Try every fast kernel on this device before a run depends on it.
+
+fla's backward of the gated delta rule refuses Hopper cards with Triton 3.4.0 to 3.7.0, because one
+of its tile sizes is compiled wrongly there (https://github.com/fla-org/flash-linear-attention/issues/640).
+Heads of 128, as all models of the family have, never use that tile; so the refusal is lifted, the
+gradients are compared with plain arithmetic on this very card, and it is put back if they differ.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch.nn import functional
+
+from studio.domain.kernels import Kernel, Kernels
+from studio.domain.proof import Proof
+from studio.errors import EngineError
+from workers.engine import self_tests
+
+_ONLY_CUDA = "used on CUDA GPUs only; the plain form runs here"
+_TITLES = {
+    "delta_rule": ("Gated DeltaNet", "fla-core"),
+    "convolution": ("Convolution of the delta net", "fla-core"),
+    "attention": ("Attention over packed documents", "torch"),
+    "grouped_matmul": ("Matrix products of experts", "torch"),
+    "nf4": ("4-bit weights", "bitsandbytes"),
+}
+# Of these the plain form is many times slower on a GPU; the others have no plain form.
+_SLOW_WITHOUT = ("delta_rule",)
+
+
+def preflight(device: torch.device) -> Kernels:
+    """Try all kernels on a device.
+
+    Args:
+        device: Where the run will be.
+    """
+    start = time.monotonic()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tries: dict[str, Callable[[torch.device, torch.dtype], float]] = {
+        "delta_rule": _try_delta_rule,
+        "convolution": _try_convolution,
+        "attention": _try_attention,
+        "grouped_matmul": _try_grouped_matmul,
+        "nf4": _try_nf4,
+    }
+    on_cpu = ("grouped_matmul", "nf4")
+    kernels = tuple(
+        _kernel(name, test, device, dtype)
+        if device.type == "cuda" or name in on_cpu
+        else _unused(name, _ONLY_CUDA)
+        for name, test in tries.items()
+    )
+    return Kernels(
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        versions=_versions(),
+        kernels=kernels,
+        seconds=time.monotonic() - start,
+    )
+
+
+def refuse_unfit(kernels: Kernels, *, has_delta_net: bool, accept_slow: bool) -> None:
+    """Stop a run that would compute wrongly, or many times slower than it need be.
+
+    Args:
+        kernels: As `preflight` found them.
+        has_delta_net: Whether the model has Gated DeltaNet layers.
+        accept_slow: Whether the user accepts slow kernels.
+
+    Raises:
+        EngineError: A kernel that would be used is wrong, or one is missing on a GPU.
+    """
+    for kernel in kernels.broken:
+        if kernel.name in ("delta_rule", "convolution") and not has_delta_net:
+            continue
+        raise EngineError(
+            f"{kernel.title} ({kernel.package} {kernel.version}) does not work on this "
+            f"{kernels.device}: {kernel.note}.",
+            f"Install another version of {kernel.package}; `studio kernels` tries all of them.",
+        )
+    missing = [k for k in kernels.kernels if k.name in _SLOW_WITHOUT and not k.is_used]
+    if kernels.device != "CPU" and has_delta_net and missing and not accept_slow:
+        raise EngineError(
+            f"{missing[0].title} has no fast kernel on this {kernels.device}: {missing[0].note}. "
+            "Its plain form is many times slower.",
+            "Install flash-linear-attention (`pip install 'delta-studio[gpu]'`), or accept slow "
+            "kernels in the Training section.",
+            "train.accept_slow_kernels",
+        )
+
+
+def prove_kernels(kernels: Kernels) -> Proof:
+    """Say how many of the kernels that a run uses equal plain arithmetic on this device."""
+    used = [kernel for kernel in kernels.kernels if kernel.is_used]
+    right = [kernel for kernel in used if kernel.works]
+    largest = max((kernel.error or 0.0 for kernel in right), default=0.0)
+    summary = (
+        f"{len(right)} of {len(used)} kernels that are used on this {kernels.device} equal plain "
+        f"arithmetic; the largest difference is {largest:.1g} of the result."
+    )
+    wrong = [kernel.title for kernel in used if not kernel.works]
+    if wrong:
+        summary += f" Not: {', '.join(wrong)}."
+    return Proof(
+        name="kernels",
+        passed=not wrong,
+        summary=summary,
+        details=kernels.model_dump(mode="json"),
+    )
+
+
+def _kernel(
+    name: str,
+    test: Callable[[torch.device, torch.dtype], float],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Kernel:
+    title, package = _TITLES[name]
+    installed = _version(package)
+    if installed is None:
+        return _unused(name, f"{package} is not installed")
+    note = ""
+    try:
+        with _lifted_guard() if name == "delta_rule" else _nothing() as guard:
+            error = test(device, dtype)
+            guard.is_passed = error <= self_tests.limit(dtype)
+            note = guard.note
+    # Whatever a kernel does wrong, from a missing symbol to a failed compilation, is the finding.
+    except Exception as failure:  # noqa: BLE001
+        first = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+        return Kernel(
+            name=name, title=title, package=package, version=installed, is_used=True,
+            works=False, note=first[:200].rstrip("."),
+        )  # fmt: skip
+    works = error <= self_tests.limit(dtype)
+    if not works:
+        note = f"its results differ from plain arithmetic by {error:.2g} of their size"
+    return Kernel(
+        name=name, title=title, package=package, version=installed, is_used=True,
+        works=works, error=error, note=note,
+    )  # fmt: skip
+
+
+def _unused(name: str, note: str) -> Kernel:
+    title, package = _TITLES[name]
+    return Kernel(
+        name=name, title=title, package=package, version=_version(package), is_used=False,
+        works=None, note=note,
+    )  # fmt: skip
+
+
+class _Guard:
+    """What became of fla's refusal."""
+
+    def __init__(self, note: str = "") -> None:
+        self.note = note
+        self.is_passed = False
+
+
+@contextmanager
+def _nothing() -> Iterator[_Guard]:
+    yield _Guard()
+
+
+@contextmanager
+def _lifted_guard() -> Iterator[_Guard]:
+    """Lift fla's refusal of Hopper cards while the self-test runs; keep it off when it passes."""
+    module = _fla_backward()
+    if module is None or not getattr(module, "IS_NVIDIA_HOPPER", False):
+        yield _Guard()
+        return
+    guard = _Guard("fla's refusal of this Triton is lifted: heads of 128 compute correctly here")
+    vars(module)["IS_NVIDIA_HOPPER"] = False
+    try:
+        yield guard
+    finally:
+        if not guard.is_passed:
+            vars(module)["IS_NVIDIA_HOPPER"] = True
+
+
+def _fla_backward() -> ModuleType | None:
+    if importlib.util.find_spec("fla") is None:
+        return None
+    return importlib.import_module("fla.ops.common.chunk_o")
+
+
+def _try_delta_rule(device: torch.device, dtype: torch.dtype) -> float:
+    module: Any = importlib.import_module("fla.ops.gated_delta_rule")
+    return self_tests.delta_rule_error(module.chunk_gated_delta_rule, device, dtype)
+
+
+def _try_convolution(device: torch.device, dtype: torch.dtype) -> float:
+    module: Any = importlib.import_module("fla.modules.causal_conv1d")
+
+    def convolve(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = module.causal_conv1d(
+            x=x, weight=weight, activation="silu", cu_seqlens=ends
+        )[0]
+        return found
+
+    return self_tests.convolution_error(convolve, device, dtype)
+
+
+def _try_attention(device: torch.device, dtype: torch.dtype) -> float:
+    module: Any = importlib.import_module("torch.nn.attention.varlen")
+    # Causal is a flag up to torch 2.11 and a window since.
+    is_flag = "is_causal" in inspect.signature(module.varlen_attn).parameters
+    causal: dict[str, Any] = {"is_causal": True} if is_flag else {"window_size": (-1, 0)}
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        groups = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+        found: torch.Tensor = module.varlen_attn(q, k, v, ends, ends, longest, longest, **causal)
+        return found
+
+    return self_tests.attention_error(attend, device, dtype)
+
+
+def _try_grouped_matmul(device: torch.device, dtype: torch.dtype) -> float:
+    def multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        return functional.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
+
+    return self_tests.grouped_matmul_error(multiply, device, dtype)
+
+
+def _try_nf4(device: torch.device, dtype: torch.dtype) -> float:
+    def round_trip(weight: torch.Tensor) -> torch.Tensor:
+        packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4")
+        return bitsandbytes.functional.dequantize_4bit(packed, state)
+
+    return self_tests.nf4_error(round_trip, device, dtype)
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {"torch": str(torch.__version__)}
+    triton = _version("triton")
+    if triton:
+        found["triton"] = triton
+    if torch.version.cuda:
+        found["CUDA"] = torch.version.cuda
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sys.stdout.write(preflight(best).model_dump_json() + "\n")
