@@ -36,10 +36,24 @@ class FakeDispatch:
         self.rung.append(bell)
 
 
-def make_studio(home_folder: Path) -> Studio:
-    """Return an installation in a folder, with a fake door to Celery."""
-    home = Home(path=home_folder)
+def make_home(folder: Path, verdicts: Path | None = None) -> Home:
+    """Return a home folder.
+
+    Args:
+        folder: Where it is.
+        verdicts: What it shares with other homes: which tokenizers have a fast path.
+    """
+    home = Home(path=folder)
+    if verdicts is not None:
+        home.tokens.mkdir(parents=True)
+        home.verdicts.symlink_to(verdicts, target_is_directory=True)
     home.create()
+    return home
+
+
+def make_studio(home_folder: Path, verdicts: Path | None = None) -> Studio:
+    """Return an installation in a folder, with a fake door to Celery."""
+    home = make_home(home_folder, verdicts)
     database = Database(home.database)
     return Studio(
         home=home,

@@ -2,8 +2,10 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -18,7 +20,12 @@ from studio.ui.edge import shown
 
 SIDES: tuple[Side, Side] = ("base", "tuned")
 EMPTY = show.empty("Nobody to talk to yet", "Train a run first; its adapter can be talked to.")
+# An update costs the browser 30 to 100 ms of a core, however little is new (measured: Gradio 6.31).
+# One at every token of two models is more than it can do, and a click on Stop waits behind them all.
+UPDATE_SECONDS = 0.25
 History = list[dict[str, Any]]
+# Of a side: a piece of its answer, why it has none, or None at its end.
+Arrival = tuple[int, chats.Delta | StudioError | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,8 +91,8 @@ def build(studio: Studio) -> ChatsTab:
         settings = _settings()
     answers = gr.HTML(elem_id="chat-answers")
 
-    def talk(key: str | None, text: str, left: History, right: History, *knobs: Any) -> Any:
-        yield from _talk(studio, key, text, (left or [], right or []), knobs)
+    def answer(key: str | None, text: str, left: History, right: History, *knobs: Any) -> Any:
+        yield from talk(studio, key, text, (left or [], right or []), knobs)
 
     def recall(key: str | None, progress: Any = gr.Progress()) -> str:
         return _recall(studio, key, progress)
@@ -93,15 +100,20 @@ def build(studio: Studio) -> ChatsTab:
     parts = [message, base, tuned, note, send, halt]
     running = gr.on(
         [send.click, message.submit],
-        shown(talk),
+        shown(answer),
         [pick, message, base, tuned, *settings],
         parts,
         show_progress="hidden",
         concurrency_limit=8,
     )
-    idle = {"fn": _idle, "inputs": None, "outputs": [send, halt], "show_progress": "hidden"}
+    idle: dict[str, Any] = {
+        "fn": shown(lambda key: (*_idle(), note_for(studio, key))),
+        "inputs": pick,
+        "outputs": [send, halt, note],
+        "show_progress": "hidden",
+    }
     running.then(**idle)
-    halt.click(_idle, None, [send, halt], cancels=[running], show_progress="hidden")
+    halt.click(**idle, cancels=[running])
     clear.click(lambda: ([], [], ""), None, [base, tuned, answers], cancels=[running]).then(**idle)
     pick.change(
         shown(lambda key: ([], [], "", note_for(studio, key))),
@@ -194,7 +206,7 @@ def _open(studio: Studio, key: str | None) -> ChatRow:
     return chats.open_chat(studio, int(number))
 
 
-def _talk(
+def talk(
     studio: Studio,
     key: str | None,
     text: str,
@@ -219,9 +231,11 @@ def _talk(
     row = _open(studio, key)
     row = chats.wait_ready(studio, row.id, lambda _: None)
     requests = [_plain(history, (system or "").strip()) for history in asked]
+    rest, note = "", note_for(studio, key)
     for answers in _both(studio, row, requests, sampling):
         shown_now = [[*history, *answer] for history, answer in zip(asked, answers, strict=True)]
-        yield "", *shown_now, note_for(studio, key), gr.skip(), gr.skip()
+        yield rest, *shown_now, note, gr.skip(), gr.skip()
+        rest = note = gr.skip()
 
 
 def _plain(history: History, system: str) -> History:
@@ -243,38 +257,55 @@ def _text(content: Any) -> str:
 def _both(
     studio: Studio, row: ChatRow, requests: list[History], sampling: Sampling
 ) -> Iterator[list[History]]:
-    """Yield the two answers as they grow."""
-    pieces: queue.Queue[tuple[int, chats.Delta | StudioError | None]] = queue.Queue()
+    """Yield the two answers as they grow, not more often than a browser can show them."""
+    pieces: queue.Queue[Arrival] = queue.Queue()
     closed = threading.Event()
-
-    def stream(side: int) -> None:
-        try:
-            for delta in chats.ask(studio, row, SIDES[side], requests[side], sampling):
-                pieces.put((side, delta))
-                if closed.is_set():
-                    return
-            pieces.put((side, None))
-        except StudioError as error:
-            pieces.put((side, error))
-
-    for side in range(len(SIDES)):
-        threading.Thread(target=stream, args=(side,), daemon=True).start()
-    content, reasoning, left = ["", ""], ["", ""], len(SIDES)
+    for side, name in enumerate(SIDES):
+        ask = partial(chats.ask, studio, row, name, requests[side], sampling)
+        threading.Thread(target=_pour, args=(ask, side, pieces, closed), daemon=True).start()
+    content, reasoning, left, due = ["", ""], ["", ""], len(SIDES), 0.0
     try:
         while left:
-            side, piece = pieces.get()
-            if isinstance(piece, StudioError):
-                raise piece
-            if piece is None:
-                left -= 1
-                continue
-            content[side] += piece.content
-            reasoning[side] += piece.reasoning
-            if pieces.empty():
+            failed = None
+            for side, piece in _gathered(pieces, due):
+                if isinstance(piece, chats.Delta):
+                    content[side] += piece.content
+                    reasoning[side] += piece.reasoning
+                else:
+                    left, failed = left - 1, failed or piece
+            # What was written stays on the page; a question that is refused stays in its box.
+            if failed is None or any(content + reasoning):
                 yield [_turns(r, c) for r, c in zip(reasoning, content, strict=True)]
-        yield [_turns(r, c) for r, c in zip(reasoning, content, strict=True)]
+            if failed is not None:
+                raise failed
+            due = time.monotonic() + UPDATE_SECONDS
     finally:
         closed.set()
+
+
+def _pour(
+    ask: Callable[[], Iterator[chats.Delta]],
+    side: int,
+    pieces: queue.Queue[Arrival],
+    closed: threading.Event,
+) -> None:
+    try:
+        for delta in ask():
+            pieces.put((side, delta))
+            if closed.is_set():
+                return
+        pieces.put((side, None))
+    except StudioError as error:
+        pieces.put((side, error))
+
+
+def _gathered(pieces: queue.Queue[Arrival], due: float) -> list[Arrival]:
+    """Return all that has arrived, at least one; waits until `due` (of the monotonic clock)."""
+    arrived = [pieces.get()]
+    time.sleep(max(0.0, due - time.monotonic()))
+    while not pieces.empty():
+        arrived.append(pieces.get())
+    return arrived
 
 
 def _turns(reasoning: str, content: str) -> History:

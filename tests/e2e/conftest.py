@@ -15,6 +15,7 @@ import pytest
 from playwright.sync_api import Browser, sync_playwright
 
 from studio.disk import Home, is_locked
+from tests.fakes import make_home
 
 START_SECONDS = 120
 CHROMIUM = "/usr/bin/chromium"
@@ -33,8 +34,8 @@ class Running:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    home = Home(path=tmp_path_factory.mktemp("home"))
+def running(tmp_path_factory: pytest.TempPathFactory, verdicts: Path) -> Iterator[Running]:
+    home = make_home(tmp_path_factory.mktemp("home"), verdicts)
     port = free_port()
     log = home.path / "page.log"
     command = [sys.executable, "-m", "studio", "up", "--home", str(home.path), "--port", str(port)]
@@ -46,7 +47,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield Running(url=url, home=home, process=process)
     finally:
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=30)
+        process.wait(timeout=60)
         end_worker(home)
 
 
@@ -62,7 +63,7 @@ def wait_for_page(url: str, process: subprocess.Popen[bytes], log: Path) -> None
         if process.poll() is not None:
             raise RuntimeError(f"the page ended: {log.read_text()}")
         try:
-            if httpx.get(f"{url}/healthz", trust_env=False).status_code == 200:
+            if httpx.get(f"{url}/healthz", trust_env=False, timeout=30).status_code == 200:
                 return
         except httpx.TransportError:
             time.sleep(0.3)

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Download, Locator, Page, expect
 from tests.e2e.browsing import START, Watched, shoot, tab, type_in
 from tests.e2e.conftest import Running
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 NUM_GOOD = 12
 EVIL = "<img src=x onerror=alert(1)><b>bold</b>"

@@ -14,8 +14,9 @@ from studio.services import datasets, runs
 from studio.services.studio import open_studio
 from studio.settings import Settings
 from tests.e2e.conftest import ROOT, end_worker, free_port, wait_for_page
+from tests.fakes import make_home
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(480)]
 
 
 def start_page(home: Path, port: int) -> subprocess.Popen[bytes]:
@@ -27,7 +28,10 @@ def start_page(home: Path, port: int) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_a_run_outlives_a_killed_page_and_its_worker_ends_afterwards(tmp_path: Path) -> None:
+def test_a_run_outlives_a_killed_page_and_its_worker_ends_afterwards(
+    tmp_path: Path, verdicts: Path
+) -> None:
+    make_home(tmp_path, verdicts)
     studio = open_studio(Settings(home=tmp_path))
     port = free_port()
     page = start_page(tmp_path, port)
@@ -45,7 +49,8 @@ def test_a_run_outlives_a_killed_page_and_its_worker_ends_afterwards(tmp_path: P
         at_kill = runs.get(studio, run.id)
         assert at_kill.state == RunState.RUNNING
         page = start_page(tmp_path, port)
-        assert httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).json()["worker"]
+        health = httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False, timeout=30)
+        assert health.json()["worker"]
         while not RunState((now := runs.get(studio, run.id)).state).is_final:
             time.sleep(0.2)
         assert (now.state, now.step, now.epoch) == (RunState.FINISHED, 16, at_kill.epoch)

@@ -26,27 +26,18 @@ from studio.tokens.cache import TokenCache, build, trim
 from studio.tokens.examples import ExampleMaker
 from studio.tokens.tiny import ensure_tiny_tokenizer
 from studio.tokens.tokenizer import load
+from tests.fakes import make_home
 
 ROOT = TEMPLATES.parent
 Store = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Home:
+@pytest.fixture
+def home(tmp_path: Path, verdicts: Path) -> Home:
     """A home folder with a tokenizer whose fast path is known."""
-    home = Home(path=tmp_path_factory.mktemp("home"))
-    home.create()
+    home = make_home(tmp_path / "home", verdicts)
     known = load_models(TEMPLATES / "models")["tiny/qwen3.5"]
     load(ensure_tiny_tokenizer(known, home.tiny_tokenizer(known.id)), home.verdicts)
-    return home
-
-
-@pytest.fixture
-def home(shared: Home, tmp_path: Path) -> Home:
-    home = Home(path=tmp_path / "home")
-    home.create()
-    shutil.copytree(shared.models, home.models, dirs_exist_ok=True)
-    shutil.copytree(shared.verdicts, home.verdicts, dirs_exist_ok=True)
     return home
 
 

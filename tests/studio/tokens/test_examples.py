@@ -47,8 +47,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def tokenizers(folders: dict[str, Path]) -> dict[str, ModelTokenizer]:
-    return {name: load(folder) for name, folder in folders.items()}
+def tokenizers(folders: dict[str, Path], verdicts: Path) -> dict[str, ModelTokenizer]:
+    return {name: load(folder, verdicts) for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +263,9 @@ def test_a_text_is_learned_as_a_whole_with_its_end(
     assert example.line == 3
 
 
-def test_a_template_that_leaves_tools_out_is_refused(folders: dict[str, Path]) -> None:
+def test_a_template_that_leaves_tools_out_is_refused(
+    folders: dict[str, Path], verdicts: Path
+) -> None:
     folder = folders[INSTRUCT].with_name("no-tools")
     shutil.copytree(folders[INSTRUCT], folder)
     # The same template, but it never sees the tools that the conversation offers.
@@ -273,9 +275,9 @@ def test_a_template_that_leaves_tools_out_is_refused(folders: dict[str, Path]) -
     name = record.tools[0]["function"]["name"]
 
     with pytest.raises(InputError, match=f"does not write the tool '{name}'"):
-        ExampleMaker(load(folder)).make(record, 0)
-    assert ExampleMaker(load(folder)).make(EXAMPLES[0], 0)
-    assert ExampleMaker(load(folders[INSTRUCT])).make(record, 0)
+        ExampleMaker(load(folder, verdicts)).make(record, 0)
+    assert ExampleMaker(load(folder, verdicts)).make(EXAMPLES[0], 0)
+    assert ExampleMaker(load(folders[INSTRUCT], verdicts)).make(record, 0)
 
 
 def test_a_preference_is_refused(tokenizers: dict[str, ModelTokenizer]) -> None:

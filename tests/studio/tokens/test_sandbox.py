@@ -35,17 +35,12 @@ TALK = Conversation(
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, verdicts: Path) -> Path:
+    """A tokenizer whose fast path is known: the test of it would take the time that a text has."""
     known = load_models(TEMPLATES / "models")["tiny/qwen3.5"]
-    return ensure_tiny_tokenizer(known, tmp_path_factory.mktemp("models") / "t")
-
-
-@pytest.fixture(scope="module")
-def verdicts(folder: Path) -> Path:
-    path = folder.parent / "verdicts"
-    path.mkdir()
-    load(folder, path)
-    return path
+    folder = ensure_tiny_tokenizer(known, tmp_path_factory.mktemp("models") / "t")
+    load(folder, verdicts)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +62,10 @@ def hostile(folder: Path, tmp_path: Path, template: str) -> Path:
     return tmp_path / "hostile"
 
 
-def test_it_shows_what_the_trainer_reads(inspector: Inspector, folder: Path) -> None:
-    maker = ExampleMaker(load(folder), Reading())
+def test_it_shows_what_the_trainer_reads(
+    inspector: Inspector, folder: Path, verdicts: Path
+) -> None:
+    maker = ExampleMaker(load(folder, verdicts), Reading())
     examples, renderings = maker.make(TALK, 0), maker.renderings(TALK)
     rule = Truncation(max_length_tokens=60, policy="cut")
     inspection = look(inspector, folder, cutoff=60)

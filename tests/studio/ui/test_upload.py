@@ -6,7 +6,6 @@ import json
 import random
 import re
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import gradio as gr
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -26,25 +24,10 @@ from studio.ui.guard import Guard
 from studio.ui.upload import upload_box
 from studio.ui.upload_routes import mount_uploads
 from tests.fakes import make_studio
+from tests.serving import serve
 
 BODY = {"Content-Type": "application/offset+octet-stream"}
 ODD_NAME = "\u05e9\u05dc\u05d5\u05dd \U0001f600 '; rm -rf <b>.jsonl"
-
-
-def serve(app: Any) -> Iterator[str]:
-    """Serve an application as the studio does, on a free port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    config = uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error", ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture
