@@ -119,7 +119,7 @@ def plan(studio: Studio, spec: JobSpec, progress: Progress) -> Plan:
         longest = max(longest, int(tokens.lengths.max(initial=0)))
     all_fitted = [each for each, _ in fitted.values()]
     return Plan(
-        mixture=mixture_plan(fitted, spec.batch, spec.train),
+        mixture=mixture_plan(fitted, spec.batch, spec.train, spec.data.max_length_tokens),
         num_too_long=sum(len(each.long) for each in all_fitted),
         lost_tokens=sum(each.lost_tokens for each in all_fitted),
         num_nothing_left=sum(len(each.nothing_left()) for each in all_fitted),

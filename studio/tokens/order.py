@@ -1,28 +1,38 @@
-"""Which examples make which step of a run; the cursor is the number of steps done.
+"""Which examples make which step of a run, and which micro-batch of it.
 
-The order is a pure function of seed and step: an endless stream of shuffled epochs, cut into
-windows of a few steps. Inside a window the examples are sorted by length, so that a micro-batch
+The order is a pure function of seed and step, so the cursor of a Checkpoint is the number of
+steps done. Below it lies an endless stream of shuffled epochs.
+
+Without packing a micro-batch is `micro_batch_size` examples, padded. The stream is cut into
+windows of a few steps; inside a window the examples are sorted by length, so that a micro-batch
 holds little padding, and the steps of the window are shuffled, so that length is no curriculum.
-The split of a step into micro-batches changes neither its examples nor its loss.
 
-An epoch of a mixture holds floor(w) copies of each example of a Dataset of weight w, and of a
-seeded choice of them, drawn anew for each epoch, one more: so every epoch has the same size.
+With packing a micro-batch is one row of `micro_batch_size` times the longest example allowed,
+filled with whole examples (studio.tokens.packing). Each epoch is cut into windows, and the rows
+of a window are shuffled: best-fit makes those of long examples first.
+
+Every step is full; the last one of a run is filled from the next epoch. An epoch of a mixture
+holds floor(w) copies of each example of a Dataset of weight w, and of a seeded choice of them,
+drawn anew for each epoch, one more: so every epoch has the same size.
 """
 
 import math
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import islice
+from hashlib import sha256
+from itertools import count, islice, pairwise
 
 import numpy as np
 
 from studio.domain.train_spec import BatchSpec, TrainSpec
+from studio.tokens.packing import count_rows, pack, window_edges
 
 WINDOW_STEPS = 8
 # A figure of the padding needs no more examples than this.
 _SAMPLE = 200_000
+
+MicroBatch = tuple[int, ...]
+Step = tuple[MicroBatch, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,112 +61,224 @@ class Part:
     def _more(self) -> int:
         return round(max(0.0, self.weight - self._copies) * self.num_examples)
 
-    def draw(self, first: int, random_source: random.Random) -> list[int]:
-        """Return its examples in one epoch.
+    def draw(self, first: int, random_source: np.random.RandomState) -> np.ndarray:
+        """Return its examples in one epoch, (per_epoch,), int32.
 
         Args:
             first: Number of its first example.
             random_source: Decides which of them come once more.
         """
-        everything = range(first, first + self.num_examples)
-        drawn = [number for _ in range(self._copies) for number in everything]
-        return drawn + sorted(random_source.sample(everything, self._more))
+        everything = np.arange(first, first + self.num_examples, dtype=np.int32)
+        drawn = np.tile(everything, self._copies)
+        if not self._more:
+            return drawn
+        random_source.shuffle(everything)
+        return np.concatenate([drawn, everything[: self._more]])
 
 
 Parts = tuple[Part, ...]
 
 
-def count_steps(num_examples: int, batch: BatchSpec, train: TrainSpec) -> int:
-    """Return the optimizer steps of a run: epochs, rounded up to whole steps, or max_steps.
+class Order:
+    """What each step of a run trains on.
 
-    Args:
-        num_examples: Examples of an epoch.
-        batch: Micro-batch size times accumulation make a step.
-        train: Epochs, and the most steps.
-    """
-    steps = _steps_of(train.epochs, num_examples, batch)
-    return steps if train.max_steps is None else min(steps, train.max_steps)
-
-
-def epoch_ends(num_examples: int, batch: BatchSpec, train: TrainSpec) -> set[int]:
-    """Return the steps at which an epoch is over; the last step of the run is always one."""
-    last = count_steps(num_examples, batch, train)
-    ends = (_steps_of(epoch, num_examples, batch) for epoch in range(1, math.ceil(train.epochs)))
-    return {end for end in ends if end < last} | {last}
-
-
-def step_order(
-    lengths: Sequence[int] | np.ndarray,
-    batch: BatchSpec,
-    train: TrainSpec,
-    first_step: int = 0,
-    *,
-    parts: Parts = (),
-) -> Iterator[tuple[int, ...]]:
-    """Yield the examples of each step of a run.
+    Memory is that of the lengths and, while the steps are read, 4 bytes for each example of two
+    epochs.
 
     Args:
         lengths: Tokens of each example.
-        batch: Micro-batch size times accumulation make a step.
-        train: Its seed decides the order, its epochs and max_steps the end.
-        first_step: Steps to leave out: the cursor of a Checkpoint.
+        batch: Micro-batch size, accumulation and packing.
+        train: Its seed decides the order, its epochs and max_steps the end; each process (GPUs
+            times machines, at least 1) gets `gradient_accumulation_steps` micro-batches a step.
+        max_length_tokens: Longest example: with packing a row is `micro_batch_size` times that.
         parts: The Datasets whose examples `lengths` holds, one after the other; one of weight 1
             is meant when it is empty.
 
-    Yields:
-        Indices into `lengths`, longest example first, so that memory peaks at once.
+    Attributes:
+        step_size: Micro-batches of a step, over all processes.
+        row_tokens: Most tokens of a packed micro-batch; None without packing.
+        total_steps: Optimizer steps of the run: epochs, rounded up to whole steps, or max_steps.
+        epoch_ends: Steps at which an epoch is over; the last step of the run is always one.
+
+    Raises:
+        ValueError: An epoch holds no example.
     """
-    parts = parts or (Part(num_examples=len(lengths)),)
-    size, per_epoch = _step_size(batch), sum(part.per_epoch for part in parts)
-    # max_steps cuts the run short; it does not change what the steps before it hold.
-    end = _steps_of(train.epochs, per_epoch, batch)
-    last = count_steps(per_epoch, batch, train)
-    for start in range(first_step - first_step % WINDOW_STEPS, last, WINDOW_STEPS):
-        steps = range(start, min(start + WINDOW_STEPS, end))
-        stream = _stream(parts, train.seed, range(steps.start * size, steps.stop * size))
-        stream.sort(key=lambda index: (-int(lengths[index]), index))
-        window = [tuple(stream[at : at + size]) for at in range(0, len(stream), size)]
-        random.Random(f"window {train.seed} {start}").shuffle(window)
-        yield from window[max(0, first_step - start) : last - start]
+
+    def __init__(
+        self,
+        lengths: Sequence[int] | np.ndarray,
+        batch: BatchSpec,
+        train: TrainSpec,
+        *,
+        max_length_tokens: int,
+        parts: Parts = (),
+    ) -> None:
+        self._lengths = np.asarray(lengths)
+        self._batch, self._train = batch, train
+        self._epochs = _Epochs(parts or (Part(num_examples=len(lengths)),), train.seed)
+        if not self._epochs.size:
+            raise ValueError("an epoch holds no example")
+        ranks = max(1, train.num_gpus) * train.num_nodes
+        self.step_size = batch.gradient_accumulation_steps * ranks
+        self.row_tokens = batch.micro_batch_size * max_length_tokens if batch.packing else None
+        mean = float(self._lengths.mean())
+        self._edges = window_edges(self._epochs.size, mean, self.row_tokens or 1)
+        # Rows until the end of each window.
+        self._window_ends = np.zeros(0, dtype=np.int64)
+        # How many of what is counted make a step: rows where they are packed, else examples.
+        self._unit = self.step_size * (1 if batch.packing else batch.micro_batch_size)
+        ends = self._count_packed() if batch.packing else self._count_padded()
+        steps = [self._steps_for(end) for end in ends]
+        self._all_steps = steps[-1]
+        self.total_steps = min(steps[-1], train.max_steps or steps[-1])
+        self.epoch_ends = {end for end in steps if end < self.total_steps} | {self.total_steps}
+
+    def steps(self, first_step: int = 0) -> Iterator[Step]:
+        """Yield the micro-batches of each step, as indices of examples.
+
+        Process r of W takes micro-batches r, r + W, r + 2 W, ... of a step.
+
+        Args:
+            first_step: Steps to leave out: the cursor of a Checkpoint.
+        """
+        steps = self._packed(first_step) if self._batch.packing else self._padded(first_step)
+        return islice(steps, max(0, self.total_steps - first_step))
+
+    def efficiency(self) -> float:
+        """Return the share of real tokens in the micro-batches, from the first steps of the run.
+
+        What is left is padding, or, with packing, room that no example fits into.
+        """
+        real = room = seen = 0
+        for step in self.steps():
+            for micro_batch in step:
+                widths = self._lengths[list(micro_batch)].astype(np.int64)
+                real += int(widths.sum())
+                room += max(self.row_tokens or len(widths) * int(widths.max()), int(widths.sum()))
+                seen += len(widths)
+            if seen >= _SAMPLE:
+                break
+        return real / room if room else 0.0
+
+    def _steps_for(self, units: float) -> int:
+        # 1e-9: 0.1 epochs of 30 examples are 3 examples, not 3.0000000000000004.
+        return max(1, math.ceil(units / self._unit - 1e-9))
+
+    def _count_padded(self) -> list[float]:
+        """Return the examples seen at the end of each epoch, and of the run."""
+        epochs = self._train.epochs
+        return [min(epoch, epochs) * self._epochs.size for epoch in range(1, math.ceil(epochs) + 1)]
+
+    def _count_packed(self) -> list[float]:
+        """Return the rows seen at the end of each epoch, and of the run; count those of windows."""
+        ends, counts, total = list[float](), list[int](), 0
+        for epoch in range(math.ceil(self._train.epochs - 1e-9)):
+            share = min(1.0, self._train.epochs - epoch)
+            rows = [
+                count_rows(self._lengths[window], self._row_tokens)
+                for window in self._epoch_windows(epoch)
+            ]
+            counts += rows
+            ends.append(total + share * sum(rows))
+            total += sum(rows)
+            if self._train.max_steps and total >= self._train.max_steps * self._unit:
+                break
+        self._window_ends = np.cumsum(counts)
+        return ends
+
+    @property
+    def _row_tokens(self) -> int:
+        assert self.row_tokens is not None
+        return self.row_tokens
+
+    def _padded(self, first_step: int) -> Iterator[Step]:
+        size, width = self._unit, self._batch.micro_batch_size
+        for start in count(first_step - first_step % WINDOW_STEPS, WINDOW_STEPS):
+            # max_steps cuts the run short; it does not change what the steps before it hold.
+            stop = min(start + WINDOW_STEPS, self._all_steps)
+            stream = self._epochs.span(start * size, stop * size)
+            longest_first = np.lexsort((stream, -self._lengths[stream].astype(np.int64)))
+            window = stream[longest_first].reshape(stop - start, size)
+            shuffled = _source(f"window {self._train.seed} {start}").permutation(stop - start)
+            # Longest example of a step first, so that memory peaks at once.
+            for step in window[shuffled][max(0, first_step - start) :].tolist():
+                yield tuple(tuple(step[at : at + width]) for at in range(0, size, width))
+
+    def _packed(self, first_step: int) -> Iterator[Step]:
+        first = first_step * self._unit
+        window = int(np.searchsorted(self._window_ends, first, side="right"))
+        passed = int(self._window_ends[window - 1]) if window else 0
+        rows = islice(self._rows(window), first - passed, None)
+        while True:
+            yield tuple(islice(rows, self._unit))
+
+    def _rows(self, first_window: int) -> Iterator[MicroBatch]:
+        """Yield the rows of an endless run from a window on."""
+        first_epoch, skipped = divmod(first_window, len(self._edges) - 1)
+        for epoch in count(first_epoch):
+            for number, window in enumerate(self._epoch_windows(epoch)):
+                if epoch == first_epoch and number < skipped:
+                    continue
+                rows = pack(self._lengths[window], self._row_tokens)
+                source = _source(f"rows {self._train.seed} {epoch} {number}")
+                for row in source.permutation(len(rows)).tolist():
+                    yield tuple(window[rows[row]].tolist())
+
+    def _epoch_windows(self, epoch: int) -> Iterator[np.ndarray]:
+        """Yield the examples of each window of an epoch."""
+        examples = self._epochs.order(epoch)
+        for start, end in pairwise(self._edges):
+            yield examples[start:end]
 
 
-def padding_efficiency(
-    lengths: np.ndarray, batch: BatchSpec, train: TrainSpec, parts: Parts = ()
-) -> float:
-    """Return the share of real tokens in the micro-batches of a run, from its first steps."""
-    real = padded = 0
-    steps = step_order(lengths, batch, train, parts=parts)
-    for step in islice(steps, max(1, _SAMPLE // _step_size(batch))):
-        for at in range(0, len(step), batch.micro_batch_size):
-            widths = [int(lengths[index]) for index in step[at : at + batch.micro_batch_size]]
-            real += sum(widths)
-            padded += len(widths) * max(widths)
-    return real / padded if padded else 0.0
+class _Epochs:
+    """The shuffled epochs of some Datasets.
+
+    Args:
+        parts: The Datasets.
+        seed: Of the run.
+
+    Attributes:
+        size: Examples of each epoch.
+    """
+
+    def __init__(self, parts: Parts, seed: int) -> None:
+        self._parts, self._seed = parts, seed
+        self._kept: dict[int, np.ndarray] = {}
+        self.size = sum(part.per_epoch for part in parts)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the examples of an epoch, (size,), int32."""
+        if epoch not in self._kept:
+            # A window without packing may lie in two epochs, hardly ever in more.
+            while len(self._kept) > 1:
+                del self._kept[next(iter(self._kept))]
+            self._kept[epoch] = self._shuffled(epoch)
+        return self._kept[epoch]
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Return a part of the endless stream of epochs, (stop - start,), int32."""
+        pieces = []
+        for epoch in range(start // self.size, -(-stop // self.size)):
+            first = epoch * self.size
+            pieces.append(self.order(epoch)[max(0, start - first) : stop - first])
+        return np.concatenate(pieces)
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        pieces, first = list[np.ndarray](), 0
+        for number, part in enumerate(self._parts):
+            pieces.append(part.draw(first, _source(f"part {number} {self._seed} {epoch}")))
+            first += part.num_examples
+        order = np.concatenate(pieces)
+        _source(f"epoch {self._seed} {epoch}").shuffle(order)
+        return order
 
 
-def _step_size(batch: BatchSpec) -> int:
-    return batch.micro_batch_size * batch.gradient_accumulation_steps
+def _source(name: str) -> np.random.RandomState:
+    """Return the random source of a name.
 
-
-def _steps_of(epochs: float, num_examples: int, batch: BatchSpec) -> int:
-    # 1e-9: 0.1 epochs of 30 examples are 3 examples, not 3.0000000000000004.
-    return max(1, math.ceil(num_examples * epochs / _step_size(batch) - 1e-9))
-
-
-def _stream(parts: Parts, seed: int, positions: range) -> list[int]:
-    per_epoch = sum(part.per_epoch for part in parts)
-    stream = []
-    for position in positions:
-        epoch, place = divmod(position, per_epoch)
-        stream.append(_epoch_order(parts, seed, epoch)[place])
-    return stream
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(parts: Parts, seed: int, epoch: int) -> tuple[int, ...]:
-    order, first = list[int](), 0
-    for number, part in enumerate(parts):
-        order += part.draw(first, random.Random(f"part {number} {seed} {epoch}"))
-        first += part.num_examples
-    random.Random(f"epoch {seed} {epoch}").shuffle(order)
-    return tuple(order)
+    The older generator on purpose: its numbers never change again
+    (https://numpy.org/doc/stable/reference/random/compatibility.html), and a resumed run must
+    draw the same under a later numpy.
+    """
+    return np.random.RandomState(np.frombuffer(sha256(name.encode()).digest(), dtype=np.uint32))

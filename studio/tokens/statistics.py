@@ -11,7 +11,7 @@ from studio.domain.train_spec import BatchSpec, TrainSpec
 from studio.tokens.cache import TokenCache
 from studio.tokens.counts import LISTED, Refused
 from studio.tokens.fitted import Fitted
-from studio.tokens.order import Part, count_steps, padding_efficiency
+from studio.tokens.order import Order, Part
 from studio.tokens.packing import Packing, packing
 
 MAX_BINS = 32
@@ -64,7 +64,9 @@ class Epoch(Section):
     """What one pass over a Dataset, or a mixture, is.
 
     Attributes:
-        padding_efficiency: Share of real tokens in the micro-batches.
+        is_packed: Whether micro-batches are rows filled with examples, or examples padded.
+        efficiency: Share of real tokens in the micro-batches; what is left is padding, or, in
+            packed rows, room that no example fits into.
         steps: Optimizer steps of the whole run; 0 when there is nothing to train.
     """
 
@@ -72,7 +74,8 @@ class Epoch(Section):
     examples: int
     tokens: int
     supervised: int
-    padding_efficiency: float
+    is_packed: bool
+    efficiency: float
     steps: int
 
 
@@ -134,7 +137,7 @@ def statistics(
         packing_tokens: Length for packing; the cutoff, or the longest example, when None.
     """
     counts, fitted = cache.meta.counts, Fitted(cache, rule)
-    longest = int(cache.lengths.max(initial=1))
+    cutoff = rule.max_length_tokens or int(cache.lengths.max(initial=1))
     return Statistics(
         conversations=counts.num_conversations,
         examples=len(cache),
@@ -143,8 +146,8 @@ def statistics(
         share_supervised=counts.num_supervised / max(1, counts.num_tokens),
         lengths=_lengths(cache.lengths, rule.max_length_tokens),
         cut=_cut(cache, fitted, rule),
-        packing=packing(fitted.lengths, packing_tokens or rule.max_length_tokens or longest),
-        epoch=mixture_plan({"": (fitted, 1.0)}, batch, train).total,
+        packing=packing(fitted.lengths, packing_tokens or cutoff),
+        epoch=mixture_plan({"": (fitted, 1.0)}, batch, train, cutoff).total,
         thinking=Thinking(
             conversations=counts.with_thinking,
             empty=counts.with_empty_think,
@@ -178,7 +181,10 @@ class MixturePlan(Section):
 
 
 def mixture_plan(
-    datasets: Mapping[str, tuple[Fitted, float]], batch: BatchSpec, train: TrainSpec
+    datasets: Mapping[str, tuple[Fitted, float]],
+    batch: BatchSpec,
+    train: TrainSpec,
+    max_length_tokens: int,
 ) -> MixturePlan:
     """Return what an epoch of a mixture holds.
 
@@ -186,6 +192,7 @@ def mixture_plan(
         datasets: Examples as they are trained, and the weight, of each Dataset by name.
         batch: For the predicted steps.
         train: For the predicted steps.
+        max_length_tokens: Longest example: with packing it decides how long rows are.
 
     Returns:
         The plan. Examples are exact; tokens and conversations of a weight that is not whole are
@@ -208,15 +215,19 @@ def mixture_plan(
         )
     lengths = np.concatenate([fitted.lengths for fitted, _ in datasets.values()])
     examples = sum(share.examples for share in shares)
+    order = None
+    if examples:
+        order = Order(
+            lengths, batch, train, max_length_tokens=max_length_tokens, parts=tuple(parts)
+        )
     total = Epoch(
         conversations=sum(share.conversations for share in shares),
         examples=examples,
         tokens=sum(share.tokens for share in shares),
         supervised=round(supervised),
-        padding_efficiency=(
-            padding_efficiency(lengths, batch, train, tuple(parts)) if examples else 0.0
-        ),
-        steps=count_steps(examples, batch, train) if examples else 0,
+        is_packed=batch.packing,
+        efficiency=order.efficiency() if order else 0.0,
+        steps=order.total_steps if order else 0,
     )
     return MixturePlan(parts=tuple(shares), total=total)
 

@@ -23,7 +23,7 @@ def statistics(found: Statistics, model: str) -> str:
         ("shortest · median · longest", _lengths(found.lengths)),
         ("tokens an epoch, after the cut", count(found.epoch.tokens)),
         (f"steps an epoch, {STEP_EXAMPLES} examples each", count(found.epoch.steps)),
-        ("real tokens in padded batches", f"{found.epoch.padding_efficiency:.0%}"),
+        ("real tokens in padded batches", f"{found.epoch.efficiency:.0%}"),
         (
             f"real tokens packed into {count(found.packing.length_tokens)}",
             f"{found.packing.efficiency:.0%}",
@@ -172,7 +172,10 @@ def plan(found: Plan, data: DataSpec) -> str:
         ("of them trained on", f"{total.supervised / max(1, total.tokens):.0%}"),
         ("examples an epoch", count(total.examples)),
         ("steps of the run", count(total.steps)),
-        ("real tokens in padded batches", f"{total.padding_efficiency:.0%}"),
+        (
+            f"real tokens in {'packed' if total.is_packed else 'padded'} batches",
+            f"{total.efficiency:.0%}",
+        ),
     ]
     if found.num_kept_out:
         cells.append(("conversations kept out", count(found.num_kept_out)))

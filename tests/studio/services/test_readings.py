@@ -15,14 +15,15 @@ from studio.intake.read import no_progress
 from studio.services import datasets, readings, tokenizers
 from studio.services.studio import Studio
 from studio.store.rows import DatasetRow
+from studio.tokens.statistics import Epoch
 from tests.fakes import make_studio
 
 TINY = ModelRef(id="tiny/qwen3.5")
 
 
 @pytest.fixture(scope="module")
-def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    studio = make_studio(tmp_path_factory.mktemp("home"))
+def studio(tmp_path_factory: pytest.TempPathFactory, verdicts: Path) -> Iterator[Studio]:
+    studio = make_studio(tmp_path_factory.mktemp("home"), verdicts)
     yield studio
     studio.inspector.close()
 
@@ -83,6 +84,24 @@ def test_a_plan_counts_a_mixture_by_its_weights(
     assert plan.mixture.total.steps == 10
     alone = readings.statistics(studio, other.name, TINY, DataSpec(), progress=no_progress)
     assert shares["other"].tokens == 2 * alone.tokens
+
+
+def test_a_plan_counts_the_steps_of_packed_rows(studio: Studio, tmp_path: Path) -> None:
+    many = stored(studio, tmp_path, "many", *(talk(number, 5) for number in range(100, 140)))
+    train = TrainSpec(epochs=3)
+
+    def planned(packing: bool) -> Epoch:
+        batch = BatchSpec(micro_batch_size=2, gradient_accumulation_steps=2, packing=packing)
+        data = DataSpec(dataset=many.name, max_length_tokens=128)
+        spec = JobSpec(model=TINY, data=data, batch=batch, train=train)
+        return readings.plan(studio, spec, no_progress).mixture.total
+
+    padded, packed = planned(packing=False), planned(packing=True)
+    assert (padded.steps, padded.tokens) == (30, packed.tokens)
+    # Rows of 256 tokens, two a step.
+    assert 3 * packed.tokens / 512 <= packed.steps < 3 * packed.tokens / 512 / 0.8
+    assert packed.is_packed
+    assert packed.efficiency > 0.8
 
 
 def test_a_plan_says_what_is_too_long(studio: Studio, short: DatasetRow) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from studio.domain.reading import Reading, Truncation
 from studio.domain.train_spec import BatchSpec, TrainSpec
 from studio.tokens.cache import TokenCache, build
 from studio.tokens.fitted import Fitted
-from studio.tokens.order import Part, step_order
+from studio.tokens.order import Order, Part
 from studio.tokens.statistics import MAX_BINS, Statistics, mixture_plan, statistics
 from studio.tokens.tiny import ensure_tiny_tokenizer
 from studio.tokens.truncate import truncate
+from tests.fakes import make_home
 
 BATCH = BatchSpec(micro_batch_size=4, gradient_accumulation_steps=2)
 POLICIES = ("refuse", "cut", "split")
@@ -53,10 +55,8 @@ def records() -> list[Conversation]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    home = Home(path=tmp_path_factory.mktemp("home"))
-    home.create()
-    return home
+def home(tmp_path_factory: pytest.TempPathFactory, verdicts: Path) -> Home:
+    return make_home(tmp_path_factory.mktemp("home"), verdicts)
 
 
 def make(home: Home, model: str, conversations: list[Conversation]) -> TokenCache:
@@ -181,19 +181,26 @@ def test_statistics_survive_json_and_an_empty_dataset(home: Home, cache: TokenCa
     assert (nothing.epoch.examples, nothing.epoch.steps, nothing.packing.bins) == (0, 0, 0)
 
 
-def test_the_plan_of_a_mixture_is_what_is_trained(home: Home, cache: TokenCache) -> None:
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_plan_of_a_mixture_is_what_is_trained(
+    home: Home, cache: TokenCache, packs: bool
+) -> None:
     other = make(home, "tiny/qwen3.5", examples()[:40])
     rule = Truncation(max_length_tokens=128, policy="cut")
     datasets = {"a": (Fitted(cache, rule), 1.5), "b": (Fitted(other, rule), 2.0)}
-    train = TrainSpec(epochs=2)
-    plan = mixture_plan(datasets, BATCH, train)
+    train, batch = TrainSpec(epochs=2), BATCH.model_copy(update={"packing": packs})
+    plan = mixture_plan(datasets, batch, train, 128)
     lengths = np.concatenate([fitted.lengths for fitted, _ in datasets.values()])
     parts = tuple(Part(num_examples=len(f), weight=weight) for f, weight in datasets.values())
-    steps = list(step_order(lengths, BATCH, train, parts=parts))
-    assert plan.total.steps == len(steps)
+    order = Order(lengths, batch, train, max_length_tokens=128, parts=parts)
+    rows = [row for step in order.steps() for row in step]
+    assert (plan.total.steps, plan.total.is_packed) == (order.total_steps, packs)
     assert plan.total.examples == sum(part.per_epoch for part in parts)
-    trained = sum(int(lengths[index]) for step in steps for index in step)
-    assert plan.total.tokens * 2 == pytest.approx(trained, rel=0.05)
+    widths = [[int(lengths[index]) for index in row] for row in rows]
+    trained = sum(map(sum, widths))
+    assert plan.total.tokens * 2 == pytest.approx(trained, rel=0.1 if packs else 0.05)
+    room = sum(4 * 128 if packs else len(row) * max(row) for row in widths)
+    assert plan.total.efficiency == pytest.approx(trained / room, abs=1e-12)
     assert [share.dataset for share in plan.parts] == ["a", "b"]
     assert plan.parts[1].conversations == 2 * len(np.unique(datasets["b"][0].lines))
     assert plan.parts[1].tokens == 2 * int(datasets["b"][0].lengths.sum())

@@ -12,7 +12,7 @@ from studio.domain.conversation import Conversation
 from studio.errors import EngineError
 from studio.tokens.examples import Example
 from tests.workers.engine.conftest import MakeExamples
-from workers.engine.batches import IGNORED, count_supervised, micro_batches
+from workers.engine.batches import IGNORED, collate, count_supervised
 from workers.engine.model import load_tokenizer
 
 TEMPLATE_FAMILIES = ("qwen3.5", "qwen3-next")
@@ -116,8 +116,36 @@ def example(tokens: list[int], supervised: list[int]) -> Example:
 def test_micro_batches_are_padded_on_the_right_to_their_own_longest() -> None:
     examples = [example([5, 6, 7], [0, 1, 1]), example([8], [0]), example([9, 9], [0, 1])]
     assert count_supervised(examples) == 3
-    first, second = micro_batches(examples, 2, pad_token_id=0)
+    first, second = (collate(part, 0, packed=False) for part in (examples[:2], examples[2:]))
     assert first.tokens.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert first.mask is not None
     assert first.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert first.inputs().keys() == {"input_ids", "attention_mask"}
+    assert (first.num_examples, second.num_examples) == (2, 1)
     assert first.labels.tolist() == [[IGNORED, 6, 7], [IGNORED] * 3]
     assert second.to(torch.device("cpu")).tokens.tolist() == [[9, 9]]
+
+
+def test_packed_documents_are_told_in_every_way_that_a_model_reads() -> None:
+    examples = [example([5, 6, 7], [1, 1, 0]), example([8], [1]), example([9, 4], [1, 1])]
+    batch = collate(examples, 0, packed=True).to(torch.device("cpu"))
+    assert batch.num_examples == 3
+    inputs = batch.inputs()
+    assert inputs["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert inputs["seq_idx"].tolist() == [[0, 0, 0, 1, 2, 2]]
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        assert inputs[name].tolist() == [0, 3, 4, 6]
+        assert inputs[name].dtype == torch.int32
+    assert (inputs["max_length_q"], inputs["max_length_k"]) == (3, 3)
+    assert "attention_mask" not in inputs
+
+
+def test_no_document_is_predicted_from_the_one_before_it() -> None:
+    examples = [example([5, 6, 7], [1, 1, 0]), example([8], [1]), example([9, 4], [1, 1])]
+    batch = collate(examples, 0, packed=True)
+    assert batch.labels.tolist() == [[IGNORED, 6, IGNORED, IGNORED, IGNORED, 4]]
+    targets = int((batch.labels[:, 1:] != IGNORED).sum())
+    assert targets == count_supervised(examples) == 2
+    padded = collate(examples, 0, packed=False)
+    assert int((padded.labels[:, 1:] != IGNORED).sum()) == targets
