@@ -1,0 +1,73 @@
+"""`studio budget`: what a run would need of each card, without a card."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from studio import terminal
+from studio.domain.spec import JobSpec
+from studio.errors import InputError
+from studio.options import USER_ERROR, HomeOption, JsonOption, studio_of
+from studio.services import budgets, runs
+from studio.services.studio import Studio
+from studio.terminal import err, out, say_json
+
+_BAR_WIDTH = 40
+
+
+def budget(
+    what: Annotated[
+        str, typer.Argument(metavar="PRESET|SPEC.yaml", help="A preset, or a JobSpec as YAML.")
+    ],
+    card: Annotated[
+        float | None,
+        typer.Option(help="Memory of a card in GiB; by default this machine's.", min=1),
+    ] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a run would need of each card, and which layers it would recompute."""
+    studio = studio_of(home)
+    spec = _spec_of(studio, what)
+    found = budgets.budget_of(studio, spec, card)
+    if found is None:
+        raise InputError(
+            f"The model {spec.model.id} is not known here yet.",
+            "Give the path of its folder, or download its config.json first.",
+            field="model.id",
+        )
+    if as_json:
+        say_json(found.to_values())
+    else:
+        _show(found)
+    if found.fits is False:
+        raise typer.Exit(USER_ERROR)
+
+
+def _spec_of(studio: Studio, what: str) -> JobSpec:
+    path = Path(what)
+    if path.suffix not in (".yaml", ".yml"):
+        return runs.spec_from_preset(studio, what, {})
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The spec {path} cannot be read: {error}.", "Give the path of a YAML file."
+        ) from error
+    return runs.complete_spec(studio, text)
+
+
+def _show(found: budgets.Estimate) -> None:
+    total = found.budget.total_bytes
+    rows = []
+    for part in found.budget.parts:
+        share = part.num_bytes / max(1, total)
+        bar = "#" * max(1, round(_BAR_WIDTH * share))
+        rows.append((part.title, f"{part.num_bytes / 2**30:.2f}", f"{share:.0%}", bar))
+    rows.append(("Total", f"{total / 2**30:.2f}", "", ""))
+    terminal.show_table(("part", "GiB", "share", ""), rows)
+    out.print(budgets.verdict(found), markup=False)
+    for words in (found.reason, found.hint):
+        if words:
+            (err if found.problem else out).print(words, markup=False)
