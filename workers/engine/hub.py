@@ -1,76 +1,85 @@
-"""Where base weights come from: the Hugging Face hub or a folder, and what is refused there.
+"""Base weights of the Hugging Face hub: looked at before they are fetched, fetched once.
 
-Not covered: weights that are quantised already (FP8, NVFP4), code of a repository (never run).
+Only safetensors, JSON, templates and tokenizer files are fetched: no code, no pickles.
 """
 
-import json
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+import huggingface_hub
+from httpx2 import HTTPError  # what huggingface_hub >= 2 lets through when the network fails
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoSibling
 
 from studio.domain.spec import ModelRef
-from studio.domain.targets import text_config
-from studio.errors import InputError
+from studio.errors import MachineError, disk_errors
 from studio.hub import hub_errors
+from workers.engine.check_model import check_config, check_folder, no_weights
 
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt", "vocab*"]
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_GIB = 2**30
 
 
-def download(model: ModelRef) -> Path:
+def download(model: ModelRef, endpoint: str | None = None) -> Path:
     """Download base weights, or find them in the hub's cache on this machine.
+
+    Args:
+        model: A hub id with its revision.
+        endpoint: Address of the hub; None takes that of huggingface_hub's own settings.
 
     Raises:
         NotFoundError: There is no such repository or revision.
         InputError: The repository holds no model that the studio trains, or no safetensors.
         EngineError: The hub cannot be reached or refuses access.
+        MachineError: The disk has not the room.
     """
-    with hub_errors(model.id, model.revision):
+    revision = model.revision
+    with hub_errors(model.id, revision), disk_errors(f"downloading {model.id}"):
         # The configuration first: a wrong architecture shall not cost a download of 160 GB.
-        config = hf_hub_download(model.id, "config.json", revision=model.revision)
-        _check_config(Path(config), model.id)
-        folder = snapshot_download(model.id, revision=model.revision, allow_patterns=_HUB_FILES)
+        config = hf_hub_download(model.id, "config.json", revision=revision, endpoint=endpoint)
+        check_config(Path(config), model.id)
+        _look_ahead(model, endpoint)
+        folder = snapshot_download(
+            model.id, revision=revision, allow_patterns=_HUB_FILES, endpoint=endpoint
+        )
     return check_folder(Path(folder), model.id)
 
 
-def check_folder(folder: Path, name: str) -> Path:
-    """Return `folder` if it holds 16-bit safetensors weights of a family that the studio trains.
-
-    Args:
-        folder: A Hugging Face model folder.
-        name: What the user called it, for the error sentence.
-
-    Raises:
-        InputError: It does not.
-    """
-    _check_config(folder / "config.json", name)
-    if any(folder.glob("*.safetensors")):
-        return folder
-    if any(path for pattern in _PICKLES for path in folder.glob(pattern)):
-        raise InputError(
-            f"The weights of {name} are pickle files, which can run code when they are read.",
-            "Convert them to safetensors, or choose a repository that has them.",
-            "model.id",
-        )
-    raise InputError(
-        f"{name} holds no *.safetensors weights.", "Download all files of the model.", "model.id"
-    )
-
-
-def _check_config(path: Path, name: str) -> None:
+def _look_ahead(model: ModelRef, endpoint: str | None) -> None:
+    """Refuse what the list of files shows to be wrong, as far as the hub can be asked for it."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{name} has no readable config.json.",
-            "Give a folder in the layout of transformers.",
-            "model.id",
-        ) from error
-    text_config(config)
-    quantized = config.get("quantization_config")
-    if quantized is not None:
-        raise InputError(
-            f"The weights of {name} are quantised already ({quantized.get('quant_method')}).",
-            "Choose the 16-bit weights; method qlora brings them to 4 bits while loading.",
+        info = HfApi(endpoint=endpoint).model_info(
+            model.id, revision=model.revision, files_metadata=True
+        )
+    # Without a network the files may be here already.
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled):
+        return
+    files = list(info.siblings or ())
+    names = [file.rfilename for file in files]
+    if not any(fnmatch(name, "*.safetensors") for name in names):
+        raise no_weights(names, model.id)
+    _refuse_without_room(model.id, files)
+
+
+def _refuse_without_room(model_id: str, files: Iterable[RepoSibling]) -> None:
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    # What is here already is kept under its hash and not fetched again.
+    repository = cache / f"models--{model_id.replace('/', '--')}"
+    here = sum(blob.stat().st_size for blob in repository.glob("blobs/*"))
+    needed = sum(
+        file.size or 0
+        for file in files
+        if any(fnmatch(file.rfilename, pattern) for pattern in _HUB_FILES)
+    )
+    there = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if needed - here > free:
+        raise MachineError(
+            f"{model_id} needs {(needed - here) / _GIB:,.1f} GiB on the disk, and {cache} has "
+            f"{free / _GIB:,.1f} GiB left.",
+            "Free some space, or set HF_HOME to a folder on a larger disk.",
             "model.id",
         )

@@ -1,11 +1,11 @@
-"""Base weights (NF4 or 16 bits), tokenizer and LoRA: every process that loads a model loads it here.
+"""Base weights (NF4 or 16 bits) and tokenizer: every process that loads a model loads it here.
 
 On CUDA the 16-bit parts are bfloat16. On a CPU they are the same values held in float32: the
 arithmetic of small models is faster there, and nothing is rounded twice.
-Not covered: 3-D routed experts stay 16-bit (bitsandbytes quantises nn.Linear only; the coverage
-Proof says so), vision towers (the text class is loaded), more than one card.
+Not covered: vision towers (the text class is loaded), a base on more than one card.
 """
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,10 @@ import torch
 from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,17 +24,17 @@ from transformers import (
 from studio.disk import TEMPLATES, Home
 from studio.domain.preset import load_models
 from studio.domain.spec import ModelRef
-from studio.errors import EngineError, NotFoundError
-from workers.engine.hub import check_folder, download
+from studio.errors import EngineError, MachineError, NotFoundError
+from workers.engine.check_model import check_folder, template_for
+from workers.engine.experts import IMPLEMENTATION
+from workers.engine.hub import download
+from workers.engine.quantized_cache import QuantizedCache
+from workers.engine.quantizer import Nf4Config
 from workers.engine.tiny import ensure_tiny
 
-Method = Literal["qlora", "lora"]
+log = logging.getLogger(__name__)
 
-# Suffixes that stay 16-bit in QLoRA. lm_head: the list replaces transformers' default, which holds
-# it. The others are a handful of rows each (gates of the delta net and of the shared expert), so
-# 4 bits save nothing and cost precision. The router (mlp.gate) is no nn.Linear in transformers 5;
-# it is named in case it becomes one.
-SIXTEEN_BIT = ("lm_head", "shared_expert_gate", "in_proj_a", "in_proj_b", "in_proj_ba", "mlp.gate")
+Method = Literal["qlora", "lora", "full"]
 
 
 def find_base(model: ModelRef, home: Home) -> Path:
@@ -82,65 +83,125 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             "Give a folder with tokenizer.json and tokenizer_config.json.",
         ) from error
     if not isinstance(tokenizer.chat_template, str) or not tokenizer.is_fast:
+        template = template_for(folder)
         raise EngineError(
             f"The tokenizer in {folder} has no chat template or no tokenizer.json.",
-            "Choose the Instruct weights, or add the chat_template.jinja published with them.",
+            "Choose the Instruct weights, or add the chat_template.jinja published with them."
+            if template is None
+            else f"Choose the Instruct weights, or copy {template} there as chat_template.jinja.",
         )
     return tokenizer
 
 
 def load_base(
-    folder: Path, *, method: Method, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    method: Method,
+    device: torch.device | str = "cpu",
+    cache: QuantizedCache | None = None,
+    storage: torch.dtype = torch.uint8,
 ) -> PreTrainedModel:
-    """Load frozen base weights in evaluation mode.
+    """Load base weights in evaluation mode, frozen unless all of them are trained.
 
     Args:
         folder: A Hugging Face folder, as `find_base` returns it.
-        method: qlora quantises linear layers to NF4 with double quantisation (QLoRA,
-            arXiv 2305.14314, section 3) while loading; lora keeps 16 bits.
+        method: qlora quantises linear layers and routed experts to NF4 with double quantisation
+            while loading: memory holds the quantised weights and about one layer. lora and full
+            keep 16 bits; full leaves all weights trainable.
         device: Where the weights live.
+        cache: Where weights in 4 bits are kept for the next start; None keeps none.
+        storage: Dtype that packed bytes are kept in; a float under FSDP2.
 
     Raises:
         EngineError: The weights cannot be read or do not fit the configuration.
+        MachineError: The device has not the memory.
     """
     device = torch.device(device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=_nf4(dtype) if method == "qlora" else None,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise EngineError(
-            f"The base weights in {folder} cannot be read: {first_line(error)}.",
-            "Compare the folder with the published one; a download may be incomplete.",
-        ) from error
-    model: PreTrainedModel = loaded[0]
-    _refuse_gaps(folder, loaded[1])
+    if method != "qlora":
+        model = _read(folder, folder, device)
+    elif cache is None:
+        model = _read(folder, folder, device, Nf4Config(_dtype(device), storage))
+    else:
+        model = _read_quantised(folder, device, Nf4Config(_dtype(device), storage), cache)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU with AVX512-BF16, eval() repacks the weight in place and cuts the gradient
             # of every later backward: https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078
             module.support_avx512bf16_for_cpu = False
     # Not peft's prepare_model_for_kbit_training: it casts embeddings and experts to float32.
-    model.requires_grad_(False)
+    model.requires_grad_(method == "full")
     model.train(False)
     return model
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(SIXTEEN_BIT),
-    )
+def _read_quantised(
+    folder: Path, device: torch.device, settings: Nf4Config, cache: QuantizedCache
+) -> PreTrainedModel:
+    """Load from the cache, or load the base and fill the cache."""
+    # A card's kernels may round otherwise than the CPU's.
+    entry = cache.entry(folder, {**settings.to_dict(), "device": device.type})
+    if entry is None:
+        return _read(folder, folder, device, settings)
+    with cache.reading(entry) as is_whole:
+        if is_whole:
+            try:
+                return _read(folder, entry, device, settings)
+            except EngineError as error:
+                log.warning("The kept weights in 4 bits are made anew: %s", error.message)
+    model = _read(folder, folder, device, settings)
+    try:
+        cache.store(model, folder, entry)
+    except MachineError as error:
+        log.warning("The weights in 4 bits are not kept for the next start: %s", error.message)
+    return model
+
+
+def _read(
+    folder: Path, weights: Path, device: torch.device, settings: Nf4Config | None = None
+) -> PreTrainedModel:
+    """Load `weights`: the base's own folder, or one in 4 bits that was made of it."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if weights != folder and settings is not None:
+            config.quantization_config = settings.to_dict()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            weights,
+            config=config,
+            dtype=_dtype(device),
+            device_map={"": device},
+            quantization_config=settings if weights == folder else None,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_experts(config),
+        )
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"The base weights in {folder} do not fit into the memory of {device}.",
+            "Choose method qlora, a smaller model, or a card with more memory.",
+            "model.id",
+        ) from error
+    # RuntimeError: transformers' word for tensors of other shapes.
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise EngineError(
+            f"The base weights in {weights} cannot be read: {first_line(error)}.",
+            "Compare the folder with the published one; a download may be incomplete.",
+        ) from error
+    model: PreTrainedModel = loaded[0]
+    _refuse_gaps(weights, loaded[1])
+    model.name_or_path = model.config.name_or_path = str(folder)
+    return model
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _experts(config: PreTrainedConfig) -> dict[str, str]:
+    """Return what selects our function for routed experts, where the model has any."""
+    if not getattr(config.get_text_config(), "num_experts", 0):
+        return {}
+    return {"experts_implementation": IMPLEMENTATION}
 
 
 def _refuse_gaps(folder: Path, report: dict[str, Any]) -> None:
