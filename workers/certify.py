@@ -1,20 +1,21 @@
 """Certify a Merge: re-read what was written, load it, and compare it with base + Adapter.
 
 Nothing is taken from the memory of the merge: tensors come from the disk again, the meaning of
-the Adapter from PEFT's own product, and the answers from the folder as anyone would load it.
+the Adapter from PEFT's own reading, and the answers from the folder as anyone would load it.
 Not covered: the vision tower and multi-token prediction, which are only shown to be unchanged.
 """
 
 import gc
 import hashlib
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from platform import python_version
+from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.disk import OrderFolder
@@ -23,13 +24,15 @@ from studio.domain.chat_template import render
 from studio.domain.orders import MergeOrder
 from studio.errors import EngineError
 from workers.adapter import WEIGHTS
+from workers.carried import changes_carried, summed_up
 from workers.engine.lora import load_adapter
 from workers.engine.model import load_base, load_tokenizer
 from workers.engine.report import PACKAGES
+from workers.meaning import meanings
 from workers.process import best_device, tell_stage
-from workers.shards import Shards, find_shards, open_shard, same_bits
+from workers.shards import Shards, changed_tensors, find_shards
+from workers.trained import what_changed
 
-_PEFT_PREFIX = "base_model.model."
 _QUESTIONS = (
     "Hello! Who are you?",
     "What is the capital of France?",
@@ -46,6 +49,7 @@ _LONG_TEXT = " ".join(
     for day in range(1, 60)
 )
 
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _ROOM_SHARE = 1.1  # weights, Adapter and the logits of one prompt
 
 Prompts = dict[str, torch.Tensor]  # (1, tokens) by what the certificate calls the prompt
@@ -53,24 +57,18 @@ Prompts = dict[str, torch.Tensor]  # (1, tokens) by what the certificate calls t
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Before:
-    """What base + Adapter say.
+    """What a Merge shall say.
 
     Attributes:
         logits: (tokens, vocabulary) on the CPU, in the precision of the model, by prompt.
-        effect_kl: KL(base + Adapter || base) in nats, by prompt.
-        delta_kept: See Certificate.
-        delta_held: See Certificate.
+        effect_kl: KL(tuned || base) in nats, by prompt.
     """
 
     logits: dict[str, torch.Tensor]
     effect_kl: dict[str, float]
-    delta_kept: dict[str, float]
-    delta_held: dict[str, float]
 
 
-def certify(
-    folder: OrderFolder, *, order: MergeOrder, base: Shards, merged: Path, placed: dict[str, str]
-) -> Certificate:
+def certify(folder: OrderFolder, *, order: MergeOrder, base: Shards, merged: Path) -> Certificate:
     """Measure a Merge.
 
     Args:
@@ -78,7 +76,6 @@ def certify(
         order: What was asked for.
         base: Shards of the base.
         merged: Folder of the merged model, all files written.
-        placed: Tensor of the base that each layer of the Adapter changes.
 
     Returns:
         The Certificate, which may say that the Merge fails.
@@ -86,25 +83,22 @@ def certify(
     Raises:
         EngineError: A folder cannot be read or loaded at all.
     """
-    tell_stage(folder, "comparing", "every tensor, as re-read from the disk", 0.5)
     written = find_shards(merged)
-    changed = changed_tensors(base, written)
-    tell_stage(folder, "asking", "base and Adapter", 0.65)
+    if order.adapter is not None:
+        tensors = _adapter_tensors(folder, Path(order.adapter), base, written)
+    else:
+        tensors = _trained_tensors(folder, find_shards(Path(str(order.trained))), base, written)
+    tell_stage(folder, "asking", "the tuned model and its base", 0.65)
     prompts = _prompts(load_tokenizer(merged))
-    before = _ask_adapter(order, base, written, placed, prompts)
+    before = _ask_tuned(order, base, prompts)
+    _free_memory()
     tell_stage(folder, "asking", "the merged model", 0.8)
     checks = _ask_merged(written, prompts, before)
     tell_stage(folder, "hashing", "every file", 0.9)
-    first = next(iter(placed.values()))
     return Certificate(
+        **tensors,
         base_model=order.model.id,
         base_revision=_commit(base.folder) or order.model.revision,
-        adapter_sha256=sha256(Path(order.adapter) / WEIGHTS),
-        dtype=str(written.read(first).dtype).removeprefix("torch."),
-        targeted_tensors=tuple(sorted(placed.values())),
-        changed_tensors=changed,
-        delta_kept=before.delta_kept,
-        delta_held=before.delta_held,
         num_tensors=len(written.file_of),
         files={
             str(path.relative_to(merged)): sha256(path)
@@ -116,61 +110,40 @@ def certify(
     )
 
 
-def changed_tensors(base: Shards, written: Shards) -> tuple[str, ...]:
-    """Compare two models bit for bit, shard by shard.
-
-    Returns:
-        Names of the tensors that differ, that only one of the two has, or that moved to another
-        shard.
-    """
-    changed = {key for key, _name in base.file_of.items() ^ written.file_of.items()}
-    for name in base.files:
-        same_place = [key for key in base.keys(name) if key not in changed]
-        if same_place:
-            with open_shard(base.folder / name) as one, open_shard(written.folder / name) as other:
-                changed.update(
-                    key
-                    for key in same_place
-                    if not same_bits(one.get_tensor(key), other.get_tensor(key))
-                )
-    return tuple(sorted(changed))
+def _trained_tensors(
+    folder: OrderFolder, trained: Shards, base: Shards, written: Shards
+) -> dict[str, Any]:
+    """Return what a Certificate says of the tensors of a model that was trained as a whole."""
+    tell_stage(folder, "comparing", "every tensor with the base and with what the run wrote", 0.5)
+    found = what_changed(base, trained, written)
+    return {"kind": "full", "dtype": _dtype(written), **asdict(found)}
 
 
-def changes_carried(
-    model: PeftModel, base: Shards, written: Shards, placed: dict[str, str]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Compare what each tensor carries with what the Adapter means.
-
-    Args:
-        model: Base with Adapter.
-        base: Shards of the base.
-        written: Shards of the merge.
-        placed: Tensor of the base that each layer of the Adapter changes.
-
-    Returns:
-        delta_kept and delta_held of a Certificate, by tensor.
-    """
-    kept: dict[str, float] = {}
-    held: dict[str, float] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Linear):
-            key = placed[name.removeprefix(_PEFT_PREFIX)]
-            meant = module.get_delta_weight(module.active_adapters[0]).detach()
-            meant = meant.to("cpu", torch.float32)
-            before = base.read(key)
-            rounded = (before.float() + meant).to(before.dtype).double() - before.double()
-            done = written.read(key).double() - before.double()
-            kept[key] = _share(done, rounded)
-            held[key] = _share(rounded, meant.double())
-    return kept, held
+def _dtype(model: Shards) -> str:
+    """Return the precision of most of the weights, as PyTorch calls it."""
+    counts = Counter(dtype for _shape, dtype in model.layout_of.values())
+    name = counts.most_common(1)[0][0]
+    return _DTYPES.get(name, name)
 
 
-def _share(done: torch.Tensor, meant: torch.Tensor) -> float:
-    """Return how much of one change another one is: <done, meant> / <meant, meant>."""
-    size = meant.flatten().dot(meant.flatten()).item()
-    # A change of nothing is carried in full; that a targeted tensor did not change is a failure
-    # of its own.
-    return done.flatten().dot(meant.flatten()).item() / size if size else 1.0
+def _adapter_tensors(
+    folder: OrderFolder, adapter: Path, base: Shards, written: Shards
+) -> dict[str, Any]:
+    """Return what a Certificate says of the tensors of base + Adapter."""
+    tell_stage(folder, "comparing", "every tensor, as re-read from the disk", 0.5)
+    changed = changed_tensors(base, written)
+    tell_stage(folder, "comparing", "what the tensors carry with what the Adapter means", 0.58)
+    measured = changes_carried(meanings(adapter, base.folder), base, written)
+    summary = summed_up(measured, changed)
+    return {
+        "adapter_sha256": sha256(adapter / WEIGHTS),
+        "dtype": _dtype(written),
+        "targeted_tensors": summary.targeted,
+        "changed_tensors": summary.changed,
+        "delta_kept": summary.kept,
+        "delta_held": summary.held,
+        "idle_experts": summary.idle_experts,
+    }
 
 
 def compare(adapter: torch.Tensor, merged: torch.Tensor) -> tuple[float, float, float, float]:
@@ -217,20 +190,26 @@ def _prompts(tokenizer: PreTrainedTokenizerBase) -> Prompts:
     return prompts
 
 
-def _ask_adapter(
-    order: MergeOrder, base: Shards, written: Shards, placed: dict[str, str], prompts: Prompts
-) -> Before:
+def _ask_tuned(order: MergeOrder, base: Shards, prompts: Prompts) -> Before:
     loaded = load_base(base.folder, method="lora", device=_roomy_device(base))
-    model = load_adapter(loaded, Path(order.adapter))
-    kept, held = changes_carried(model, base, written, placed)
-    logits = {label: _logits(model, ids) for label, ids in prompts.items()}
-    effect_kl = {}
-    with model.disable_adapter():
-        for label, ids in prompts.items():
-            effect_kl[label] = compare(logits[label], _logits(model, ids))[0]
-    del loaded, model
-    _free_memory()
-    return Before(logits=logits, effect_kl=effect_kl, delta_kept=kept, delta_held=held)
+    if order.adapter is None:
+        plain = _all_logits(loaded, prompts)
+        del loaded
+        _free_memory()
+        trained = find_shards(Path(str(order.trained)))
+        tuned = load_base(trained.folder, method="lora", device=_roomy_device(trained))
+        logits = _all_logits(tuned, prompts)
+    else:
+        model = load_adapter(loaded, Path(order.adapter))
+        logits = _all_logits(model, prompts)
+        with model.disable_adapter():
+            plain = _all_logits(model, prompts)
+    effect_kl = {label: compare(logits[label], plain[label])[0] for label in prompts}
+    return Before(logits=logits, effect_kl=effect_kl)
+
+
+def _all_logits(model: PreTrainedModel | PeftModel, prompts: Prompts) -> dict[str, torch.Tensor]:
+    return {label: _logits(model, ids) for label, ids in prompts.items()}
 
 
 def _ask_merged(merged: Shards, prompts: Prompts, before: Before) -> tuple[PromptCheck, ...]:

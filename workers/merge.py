@@ -1,4 +1,4 @@
-"""Merge an Adapter into its base, shard by shard, and certify the result.
+"""Merge what a run has learned into its base, shard by shard, and certify the result.
 
     python -m workers.merge ORDER_DIR
 
@@ -6,6 +6,7 @@ ORDER_DIR holds order.json (MergeOrder); it receives model/ (an ordinary Hugging
 certificate.json and stage.json (studio/disk.py). Exit code 0: see the certificate, which may say
 that the merge fails; otherwise see error.json (workers/process.py).
 
+An Adapter is added to the base. A model that a run trained as a whole is taken over as it is.
 The base's own files are copied, not saved anew by transformers: that would lose `mtp.*` and
 `visual.*`, which the text class does not load. Not covered: GGUF, hub upload (workers/export.py).
 """
@@ -27,9 +28,11 @@ from studio.disk import OrderFolder, write_whole
 from studio.domain.certificate import Certificate
 from studio.domain.orders import MergeOrder, parse_order
 from studio.errors import MachineError, disk_errors
-from workers.adapter import LowRank, place, read_adapter
+from workers.adapter import read_adapter
 from workers.certify import certify
 from workers.engine.model import find_base
+from workers.low_rank import Change
+from workers.placing import Place, changed, place
 from workers.process import run_order, tell_stage
 from workers.shards import Shards, find_shards, open_shard
 
@@ -60,22 +63,27 @@ def merge(folder: OrderFolder) -> None:
 
     Raises:
         InputError: The order or the base model is wrong.
-        EngineError: Base or Adapter cannot be read, or the Adapter does not fit the base.
+        EngineError: Base, Adapter or trained model cannot be read, or do not fit each other.
         MachineError: The disk has no room.
     """
     order = parse_order(MergeOrder, folder.order.read_text(encoding="utf-8"))
     tell_stage(folder, "reading", order.model.id, 0.0)
     base = find_shards(find_base(order.model, folder.home))
-    adapter = read_adapter(Path(order.adapter))
-    placed = place(adapter, base)
-    changes = {key: adapter[module] for module, key in placed.items()}
+    trained = None if order.trained is None else find_shards(Path(order.trained))
+    adapter = None if order.adapter is None else read_adapter(Path(order.adapter))
+    places = {} if adapter is None else place(adapter, base)
     with _fresh_model_folder(folder) as temporary:
+        source = trained or base
         free_bytes = shutil.disk_usage(folder.path).free
-        check_space(needed_bytes=needed_bytes(base), free_bytes=free_bytes, where=folder.path)
+        check_space(needed_bytes=needed_bytes(source), free_bytes=free_bytes, where=folder.path)
         with disk_errors("writing the merged model"):
-            write_weights(folder, base, changes, temporary)
+            changes = {} if adapter is None else adapter.changes
+            write_weights(folder, source, changes, places, temporary)
             copy_other_files(base, temporary)
-        certificate = certify(folder, order=order, base=base, merged=temporary, placed=placed)
+            if trained is not None:
+                # Over the base's: what the run says of its own model goes before.
+                copy_other_files(trained, temporary)
+        certificate = certify(folder, order=order, base=base, merged=temporary)
         _publish(folder, certificate, temporary)
     tell_stage(folder, "done", "passed" if certificate.passed else "failed", 1.0)
 
@@ -100,14 +108,19 @@ def check_space(*, needed_bytes: int, free_bytes: int, where: Path) -> None:
 
 
 def write_weights(
-    folder: OrderFolder, base: Shards, changes: Mapping[str, LowRank], target: Path
+    folder: OrderFolder,
+    base: Shards,
+    changes: Mapping[str, Change],
+    places: Mapping[str, Place],
+    target: Path,
 ) -> None:
     """Write every shard of the base under its own name, with the changes added.
 
     Args:
         folder: Folder of the order, told how far it is.
         base: Shards of the base.
-        changes: What to add, by the name of the tensor; all others are copied bit for bit.
+        changes: What to add, by the name of the parameter.
+        places: Which tensors receive it; all others are copied bit for bit.
         target: Folder to write into.
     """
     written_bytes = 0
@@ -117,10 +130,21 @@ def write_weights(
         with open_shard(base.folder / name) as shard:
             metadata = shard.metadata()
             tensors = {key: shard.get_tensor(key) for key in base.keys(name)}
-        for key in tensors.keys() & changes.keys():
-            tensors[key] = changes[key].added_to(tensors[key])
+        here = {key: places[key] for key in tensors if key in places}
+        for path, keys in _by_path(here).items():
+            parts = changes[path].parts()
+            for key in keys:
+                tensors[key] = changed(tensors[key], places[key], parts)
         _save(tensors, target / name, metadata)
         written_bytes += (base.folder / name).stat().st_size
+
+
+def _by_path(places: Mapping[str, Place]) -> dict[str, list[str]]:
+    """Return the tensors that each parameter of the Adapter changes."""
+    keys: dict[str, list[str]] = {}
+    for key, where in places.items():
+        keys.setdefault(where.path, []).append(key)
+    return keys
 
 
 def copy_other_files(base: Shards, target: Path) -> None:

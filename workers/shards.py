@@ -5,8 +5,8 @@ Not covered: pickle files (*.bin, *.pt), which can run code when they are read.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ class Shards:
         folder: The Hugging Face folder.
         files: Names of the shards, in the order of their first tensor.
         file_of: Shard of each tensor.
+        layout_of: Shape and dtype of each tensor, as in ((512, 256), "BF16").
     """
 
     folder: Path
     files: tuple[str, ...]
     file_of: dict[str, str]
+    layout_of: dict[str, tuple[tuple[int, ...], str]]
 
     @property
     def num_bytes(self) -> int:
@@ -54,14 +56,28 @@ class Shards:
             return tensor
 
     def describe(self, key: str) -> tuple[tuple[int, ...], str]:
-        """Return shape and dtype of a tensor, as in ((512, 256), "BF16"), without reading it.
+        """Return shape and dtype of a tensor, as in ((512, 256), "BF16")."""
+        return self.layout_of[key]
+
+    @contextmanager
+    def opened(self) -> Iterator[Callable[[str], Any]]:
+        """Yield a function that returns a tensor of which only the indexed part is read.
+
+        Shards stay open in between: opening one reads its whole list of tensors.
 
         Raises:
-            EngineError: Its shard is damaged.
+            EngineError: A shard is damaged.
         """
-        with open_shard(self.folder / self.file_of[key]) as file:
-            view = file.get_slice(key)
-            return tuple(view.get_shape()), str(view.get_dtype())
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+
+            def view(key: str) -> Any:
+                name = self.file_of[key]
+                if name not in opened:
+                    opened[name] = stack.enter_context(open_shard(self.folder / name))
+                return opened[name].get_slice(key)
+
+            yield view
 
 
 def find_shards(folder: Path) -> Shards:
@@ -82,16 +98,20 @@ def find_shards(folder: Path) -> Shards:
         )
     files = tuple(dict.fromkeys(listed.values())) if listed is not None else (SINGLE,)
     file_of: dict[str, str] = {}
+    layout_of: dict[str, tuple[tuple[int, ...], str]] = {}
     for name in files:
         with open_shard(folder / name) as shard:
-            file_of.update(dict.fromkeys(shard.keys(), name))
+            for key in shard.keys():
+                view = shard.get_slice(key)
+                file_of[key] = name
+                layout_of[key] = tuple(view.get_shape()), str(view.get_dtype())
     if listed is not None and listed != file_of:
         odd = sorted(key for key in {*listed, *file_of} if listed.get(key) != file_of.get(key))
         raise EngineError(
             f"The index of {folder} and its shards disagree about {odd[0]}.",
             "Compare the folder with the published one; a download may be incomplete.",
         )
-    return Shards(folder=folder, files=files, file_of=file_of)
+    return Shards(folder=folder, files=files, file_of=file_of, layout_of=layout_of)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -120,6 +140,26 @@ def open_shard(path: Path) -> Iterator[Any]:
             f"The weights {path} cannot be read: {str(error).splitlines()[0]}.",
             "Compare the folder with the published one; a download may be incomplete.",
         ) from error
+
+
+def changed_tensors(base: Shards, written: Shards) -> tuple[str, ...]:
+    """Compare two models bit for bit, shard by shard.
+
+    Returns:
+        Names of the tensors that differ, that only one of the two has, or that moved to another
+        shard.
+    """
+    changed = {key for key, _name in base.file_of.items() ^ written.file_of.items()}
+    for name in base.files:
+        same_place = [key for key in base.keys(name) if key not in changed]
+        if same_place:
+            with open_shard(base.folder / name) as one, open_shard(written.folder / name) as other:
+                changed.update(
+                    key
+                    for key in same_place
+                    if not same_bits(one.get_tensor(key), other.get_tensor(key))
+                )
+    return tuple(sorted(changed))
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -21,7 +21,8 @@ from studio.domain.strict_json import RecordError
 from studio.errors import EngineError, InputError
 from workers.decode import Chooser, Sampling, Voice, decode
 from workers.engine.lora import load_adapter
-from workers.engine.model import find_base, load_base, load_tokenizer
+from workers.engine.model import Method, find_base, load_base, load_tokenizer
+from workers.engine.quantized_cache import QuantizedCache
 from workers.process import best_device
 from workers.reply import THINK_START, Piece, pieces
 
@@ -170,7 +171,9 @@ def load_speakers(order: ChatOrder, home: Home) -> Speakers:
     """
     folder = find_base(order.model, home)
     tokenizer = load_tokenizer(folder)
-    base = load_base(folder, method=order.method, device=best_device())
+    precision: Method = "lora" if order.method == "full" else order.method
+    cache = QuantizedCache(folder=home.quantized)
+    base = load_base(folder, method=precision, device=best_device(), cache=cache)
     voices = {BASE: Voice(base)}
     if order.adapter is not None:
         adapted = load_adapter(base, Path(order.adapter))

@@ -140,14 +140,24 @@ def _stage(path: Path) -> dict[str, Any]:
     return launcher.read_json(path) or {}
 
 
+def _method(run: RunRow) -> str:
+    """Return how a run held its base: where its spec left that open, the engine has decided."""
+    result = run.result or {}
+    return str(result.get("method", run.spec["method"]))
+
+
 # ---- merge ------------------------------------------------------------------------------------
 
 
 def _merge(here: Shop, row: ArtifactRow) -> None:
     lease, folder = _lease(row), here.home.merge(row.id)
     spec = JobSpec.model_validate(row.run.spec)
+    run, is_full = here.home.run(row.run_id), _method(row.run) == "full"
     order = MergeOrder(
-        model=spec.model, adapter=str(here.home.run(row.run_id).adapter), run_id=row.run_id
+        model=spec.model,
+        adapter=None if is_full else str(run.adapter),
+        trained=str(run.model) if is_full else None,
+        run_id=row.run_id,
     )
     process = _start(here, "workers.merge", folder, lease, order.model_dump_json(indent=2))
     exit_code = supervise(here, lease, process, lambda: _order_news(folder, with_fraction=True))
@@ -172,11 +182,14 @@ def _merge(here: Shop, row: ArtifactRow) -> None:
 def _serve(here: Shop, row: ChatRow) -> None:
     lease, folder = _lease(row), here.home.chat(row.id)
     spec = JobSpec.model_validate(row.run.spec)
+    run, method = here.home.run(row.run_id), _method(row.run)
     merged = None if row.artifact_id is None else str(here.home.merge(row.artifact_id).weights)
+    if merged is None and method == "full":
+        merged = str(run.model)
     order = ChatOrder(
         model=spec.model,
-        method=spec.method,
-        adapter=str(here.home.run(row.run_id).adapter) if merged is None else None,
+        method=method,
+        adapter=str(run.adapter) if merged is None else None,
         merged=merged,
         run_id=row.run_id,
         token=row.token,

@@ -10,34 +10,45 @@ from studio.errors import InputError
 
 
 class MergeOrder(Section):
-    """Add an Adapter to its base.
+    """Add an Adapter to its base, or take over the model that a run has trained as a whole.
 
     Attributes:
-        adapter: Folder of the Adapter in PEFT's layout.
+        model: The base.
+        adapter: Folder of the Adapter in PEFT's layout; or else
+        trained: Folder of the whole model, with the base's names of tensors and shards.
         run_id: Run that trained it.
     """
 
     version: Literal[1] = 1
     model: ModelRef
-    adapter: str = Field(min_length=1)
+    adapter: str | None = Field(default=None, min_length=1)
+    trained: str | None = Field(default=None, min_length=1)
     run_id: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _one_result(self) -> Self:
+        if (self.adapter is None) == (self.trained is None):
+            raise ValueError("give adapter or trained: a Merge is of one of them")
+        return self
 
 
 class ChatOrder(Section):
     """Serve a base, and beside it what was trained on it.
 
     Attributes:
-        method: Precision of the base: that of the run, so that the Adapter meets what it was
-            trained on.
+        method: What the run did, `auto` already decided: it gives the precision of the base, so
+            that the Adapter meets what it was trained on. A run in full has no Adapter; both of
+            its models are served in 16 bits.
         adapter: Folder of an Adapter, served as `tuned`.
-        merged: Folder of a Merge, served as `tuned` in place of an Adapter.
+        merged: Folder of a Merge, or of the model that a run trained as a whole, served as `tuned`
+            in place of an Adapter.
         run_id: Run that trained it.
         token: What a client must send as `Authorization: Bearer TOKEN`.
     """
 
     version: Literal[1] = 1
     model: ModelRef
-    method: Literal["qlora", "lora"]
+    method: Literal["qlora", "lora", "full"]
     adapter: str | None = Field(default=None, min_length=1)
     merged: str | None = Field(default=None, min_length=1)
     run_id: int | None = Field(default=None, ge=1)

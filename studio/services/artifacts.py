@@ -16,22 +16,23 @@ from studio.store.rows import ArtifactRow, RunRow
 MAX_LISTED = 200
 
 
-def has_adapter(studio: Studio, run: RunRow) -> bool:
-    """Whether a Run has left an Adapter."""
-    return RunState(run.state).is_final and runs.folder(studio, run.id).adapter.is_dir()
+def has_result(studio: Studio, run: RunRow) -> bool:
+    """Whether a Run has left an Adapter, or a whole model when all of it was trained."""
+    folder = runs.folder(studio, run.id)
+    return RunState(run.state).is_final and (folder.adapter.is_dir() or folder.model.is_dir())
 
 
-def require_adapter(studio: Studio, run_id: int) -> RunRow:
-    """Return a Run that has an Adapter.
+def require_result(studio: Studio, run_id: int) -> RunRow:
+    """Return a Run that has an Adapter or a whole model.
 
     Raises:
         NotFoundError: There is no such Run.
-        ConflictError: It has no Adapter.
+        ConflictError: It has neither.
     """
     run = runs.get(studio, run_id)
-    if not has_adapter(studio, run):
+    if not has_result(studio, run):
         raise ConflictError(
-            f"Run {run_id} is {run.state} and has no adapter.",
+            f"Run {run_id} is {run.state} and has learned nothing yet.",
             "Launch it again and let it take a step."
             if RunState(run.state).is_final
             else "Wait until it has finished, or stop it to keep what it has learned so far.",
@@ -40,16 +41,16 @@ def require_adapter(studio: Studio, run_id: int) -> RunRow:
 
 
 def merge(studio: Studio, run_id: int) -> ArtifactRow:
-    """Order the Merge of a Run's Adapter into its base.
+    """Order the Merge of a Run's Adapter into its base, or the certified copy of its whole model.
 
     Returns:
         The Merge, QUEUED; or the one that is there already, unless that failed.
 
     Raises:
         NotFoundError: There is no such Run.
-        ConflictError: The Run has no Adapter.
+        ConflictError: The Run has learned nothing yet.
     """
-    require_adapter(studio, run_id)
+    require_result(studio, run_id)
     with studio.database.write() as session:
         for row in store.of_run(session, run_id):
             if row.state not in (RunState.FAILED, RunState.STOPPED):

@@ -69,7 +69,7 @@ def open_chat(studio: Studio, run_id: int, artifact_id: int | None = None) -> Ch
         NotFoundError: There is no such Run or Merge.
         ConflictError: The Run has no Adapter, or the Merge is not ready.
     """
-    artifacts.require_adapter(studio, run_id)
+    artifacts.require_result(studio, run_id)
     if artifact_id is not None and artifacts.get(studio, artifact_id).state != RunState.FINISHED:
         raise ConflictError(f"Merge {artifact_id} is not ready.", "Wait until it has finished.")
     now = time.time()

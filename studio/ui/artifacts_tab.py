@@ -34,7 +34,7 @@ def choices(studio: Studio) -> list[tuple[str, int]]:
     return [
         (f"run {row.id} · {row.name} · {row.state.lower()} at step {row.step}", row.id)
         for row in runs.listing(studio)
-        if artifacts.has_adapter(studio, row)
+        if artifacts.has_result(studio, row)
     ]
 
 

@@ -44,7 +44,7 @@ def choices(studio: Studio) -> list[tuple[str, str]]:
     adapters = [
         (f"adapter of run {row.id} · {row.name}", f"run:{row.id}")
         for row in runs.listing(studio)
-        if artifacts.has_adapter(studio, row)
+        if artifacts.has_result(studio, row)
     ]
     return merged + adapters
 

@@ -167,15 +167,17 @@ def _stamp(name: str, passed: bool | None, text: str) -> str:
     )
 
 
+_VERDICTS = {
+    "adapter": "The merged model is the base plus the adapter, and nothing else.",
+    "full": "The merged model is what the run wrote; outside the text model nothing changed.",
+}
+
+
 def certificate(found: Certificate) -> str:
     """Return a Certificate: the verdict, the figures, and what they were computed from."""
     kind, word = ("good", "PASSED") if found.passed else ("bad", "FAILED")
     changed = f"{len(found.changed_tensors)} of {len(found.targeted_tensors)}"
-    verdict = (
-        "The merged model is the base plus the adapter, and nothing else."
-        if found.passed
-        else " ".join(found.failures)
-    )
+    verdict = _VERDICTS[found.kind] if found.passed else " ".join(found.failures)
     cells = [
         ("targeted tensors changed", changed),
         ("other tensors changed", str(len(found.unexpected_tensors))),
@@ -187,6 +189,11 @@ def certificate(found: Certificate) -> str:
         ("largest logit difference", f"{found.max_logit_difference:.3g}"),
         ("weights in", found.dtype),
     ]
+    if found.relative_change:
+        largest = max(found.relative_change.values())
+        cells.insert(2, ("largest change of a tensor, by its size", f"{largest:.2g}"))
+    if found.idle_experts:
+        cells.insert(2, ("matrices of experts that no token changed", count(found.idle_experts)))
     prompts = "".join(
         f"<tr><td>{escape(p.prompt[:90])}</td><td>{p.num_tokens}</td>"
         f"<td>{p.mean_kl:.2g}</td><td>{p.effect_kl:.2g}</td>"

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from studio.disk import Home
 from studio.domain.spec import ModelRef
 from studio.errors import EngineError
-from workers.adapter import place, read_adapter
+from workers.adapter import read_adapter
 from workers.engine.lora import load_adapter
 from workers.engine.model import find_base, load_base
+from workers.placing import place
 from workers.shards import find_shards
 
 MODEL = "tiny/qwen3.5"
@@ -27,14 +28,14 @@ def test_rslora_and_patterns_scale_as_in_peft(
     adapter = shutil.copytree(adapter_of(MODEL), tmp_path / "adapter")
     _edit(adapter / "adapter_config.json", use_rslora=True, alpha_pattern={"o_proj": 7})
     base = find_base(ModelRef(id=MODEL), models_home)
-    ours = read_adapter(adapter)
+    ours = read_adapter(adapter).changes
     theirs = load_adapter(load_base(base, method="lora"), adapter)
 
     for name, low_rank in ours.items():
-        layer = theirs.get_submodule(f"base_model.model.{name}")
+        layer = theirs.get_submodule(f"base_model.model.{name.removesuffix('.weight')}")
         assert isinstance(layer, Linear)
         assert low_rank.scale == pytest.approx(layer.scaling["default"])
-    assert ours["model.layers.3.self_attn.o_proj"].scale == pytest.approx(7 / 32**0.5)
+    assert ours["model.layers.3.self_attn.o_proj.weight"].scale == pytest.approx(7 / 32**0.5)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,6 @@ def test_a_tensor_without_a_place_is_named_not_dropped(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
-        ("target_parameters", ["mlp.experts.down_proj"]),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("init_lora_weights", "pissa"),

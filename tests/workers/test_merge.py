@@ -18,13 +18,16 @@ from studio.disk import Home, OrderFolder
 from studio.domain.certificate import MAX_DELTA_KEPT_ERROR, MAX_MEAN_KL, Certificate
 from studio.domain.orders import MergeOrder
 from studio.domain.spec import ModelRef
-from studio.domain.targets import target_modules
+from studio.domain.targets import TargetModule, target_modules
 from studio.errors import MachineError
-from workers.adapter import place, read_adapter
+from tests.workers.conftest import GROUPS
+from workers.adapter import read_adapter
+from workers.carried import of_all_experts
 from workers.certify import certify
 from workers.engine.lora import load_adapter
 from workers.engine.model import find_base, load_base
 from workers.merge import check_space, copy_other_files, merge, write_weights
+from workers.placing import place
 from workers.process import EXIT_INPUT
 from workers.shards import INDEX, SINGLE, find_shards
 
@@ -70,11 +73,12 @@ def test_a_merge_is_certified_and_loads_as_an_ordinary_folder(
     folder = _merged(order, model_id, adapter_of(model_id))
     certificate = _certificate(folder)
     base = find_base(ModelRef(id=model_id), models_home)
-    names = [m.name for m in target_modules(json.loads((base / "config.json").read_bytes()))]
+    modules = target_modules(json.loads((base / "config.json").read_bytes()))
+    names = [name for m in modules if m.group in GROUPS[model_id] for name in _tensors(m)]
 
     assert certificate.failures == ()
     assert certificate.changed_tensors == certificate.targeted_tensors
-    assert sorted(certificate.targeted_tensors) == sorted(f"model.{n}.weight" for n in names)
+    assert sorted(certificate.targeted_tensors) == sorted(names)
     assert certificate.effect_kl > 4 * MAX_MEAN_KL
     assert certificate.dtype == "bfloat16"
     assert len(certificate.prompts) == 8
@@ -104,10 +108,10 @@ def test_a_merge_equals_peft_merge_and_unload(
 ) -> None:
     source = _float32_copy(find_base(ModelRef(id=model_id), models_home), tmp_path / "base")
     base, adapter = find_shards(source), read_adapter(adapter_of(model_id))
-    changes = {key: adapter[module] for module, key in place(adapter, base).items()}
     merged = tmp_path / "merged"
     merged.mkdir()
-    write_weights(order(str(source), adapter_of(model_id)), base, changes, merged)
+    folder = order(str(source), adapter_of(model_id))
+    write_weights(folder, base, adapter.changes, place(adapter, base), merged)
     copy_other_files(base, merged)
     ours = load_base(merged, method="lora").state_dict()
     loaded = load_adapter(load_base(source, method="lora"), adapter_of(model_id))
@@ -140,7 +144,9 @@ def test_many_shards_and_a_vision_layout_keep_names_and_every_other_bit(
     assert (folder.weights / INDEX).read_bytes() == (base / INDEX).read_bytes()
     assert all(name.startswith("model.language_model.") for name in certificate.changed_tensors)
     assert {"mtp.fc.weight", "model.visual.pos_embed.weight"} <= after.file_of.keys()
-    for key in before.file_of.keys() - set(certificate.targeted_tensors):
+    targeted = set(certificate.targeted_tensors)
+    assert {"model.language_model.layers.0.mlp.experts.*.up_proj.weight"} <= targeted
+    for key in [key for key in before.file_of if of_all_experts(key) not in targeted]:
         assert torch.equal(before.read(key).view(torch.uint8), after.read(key).view(torch.uint8))
     assert (folder.weights / "preprocessor_config.json").exists()
     assert not (folder.weights / "pytorch_model.bin").exists()
@@ -205,7 +211,7 @@ def test_a_wrong_order_ends_with_a_sentence_and_its_exit_code(tmp_path: Path) ->
 
     assert done.returncode == EXIT_INPUT
     assert error["type"] == "InputError"
-    assert "adapter: Field required" in error["message"]
+    assert "give adapter or trained" in error["message"]
     assert error["hint"]
 
 
@@ -227,6 +233,15 @@ def test_a_merge_dies_with_its_parent_leaves_no_model_and_the_next_one_cleans_up
     assert not list(folder.path.glob(".model.*"))
 
 
+def _tensors(module: TargetModule) -> list[str]:
+    """Return what a Certificate calls the tensors of a tiny model in which a layer lies."""
+    if module.kind != "experts":
+        return [f"{module.full_name}.weight"]
+    experts, _, parameter = module.full_name.rpartition(".")
+    matrices = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    return [f"{experts}.*.{matrix}.weight" for matrix in matrices[parameter]]
+
+
 def _until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not holds():
@@ -246,8 +261,7 @@ def _running(folder: OrderFolder) -> bool:
 def _certified_again(folder: OrderFolder, models_home: Home) -> Certificate:
     order = MergeOrder.model_validate_json(folder.order.read_text())
     base = find_shards(find_base(order.model, models_home))
-    placed = place(read_adapter(Path(order.adapter)), base)
-    return certify(folder, order=order, base=base, merged=folder.weights, placed=placed)
+    return certify(folder, order=order, base=base, merged=folder.weights)
 
 
 def _float32_copy(source: Path, target: Path) -> Path:

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from studio.disk import Home
 from studio.domain.chat_template import render
@@ -16,6 +18,7 @@ from studio.errors import InputError
 from workers.decode import Sampling
 from workers.engine.model import load_base, load_tokenizer
 from workers.merge import merge
+from workers.shards import SINGLE
 from workers.speakers import Question, Speakers, load_speakers
 
 MODEL = "tiny/qwen3.5"
@@ -46,6 +49,24 @@ def test_a_merged_model_speaks_beside_its_base(
     assert with_merge[0] == with_adapter[0]
     assert with_merge[1] not in with_merge[0]
     assert with_merge[1] == _generated(folder.weights)
+
+
+def test_a_model_that_was_trained_as_a_whole_speaks_beside_its_base(
+    speaking: Callable[[str], Path], models_home: Home, tmp_path: Path
+) -> None:
+    base = speaking("qwen3_5_text")
+    trained = shutil.copytree(base, tmp_path / "model")
+    tensors = load_file(trained / SINGLE)
+    torch.manual_seed(0)
+    tensors["lm_head.weight"] += 0.1 * torch.randn_like(tensors["lm_head.weight"])
+    save_file(tensors, trained / SINGLE, metadata={"format": "pt"})
+    order = ChatOrder(model=ModelRef(id=str(base)), method="full", merged=str(trained), token=TOKEN)
+    speakers = load_speakers(order, models_home)
+
+    replies = [asyncio.run(_reply(speakers, name)) for name in speakers.names]
+    assert speakers.names == ("base", "tuned")
+    assert replies == [_generated(base), _generated(trained)]
+    assert replies[0] != replies[1]
 
 
 def _generated(folder: Path) -> str:
