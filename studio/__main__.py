@@ -12,14 +12,16 @@ from typing import Annotated, Any
 import typer
 
 from studio import terminal
+from studio.budget_commands import budget
 from studio.dataset_commands import dataset_app
 from studio.demo import run_demo
 from studio.doctor import examine
 from studio.domain.spec import JobSpec
 from studio.errors import InputError, MachineError, StudioError
+from studio.model_commands import model_app
 from studio.options import OUR_ERROR, USER_ERROR, HomeOption, JsonOption, settings_of, studio_of
 from studio.serve import check_port, serve_page
-from studio.services import artifacts, chats, runs, workers
+from studio.services import artifacts, chats, kernels, runs, workers
 from studio.services.studio import Studio, open_studio
 from studio.store.rows import RunRow
 from studio.terminal import err, out, say_json
@@ -31,7 +33,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_WORKS = {True: "yes", False: "NO", None: "not tried"}
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(model_app, name="model")
+app.command("budget")(budget)
 
 WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until it is over.")]
 RunArgument = Annotated[int, typer.Argument(help="Number of the run.", min=1)]
@@ -89,6 +94,20 @@ def doctor(home: HomeOption = None, as_json: JsonOption = False) -> None:
             out.print(f"{mark} {finding.name:<16} {finding.text}", markup=False)
     if any(finding.good is False for finding in findings):
         raise typer.Exit(USER_ERROR)
+
+
+@app.command("kernels")
+def try_kernels(as_json: JsonOption = False) -> None:
+    """Try every fast kernel on this machine's best device."""
+    found = kernels.measure()
+    if as_json:
+        say_json(found.model_dump(mode="json"))
+        return
+    out.print(f"{found.device}, {', '.join(f'{k} {v}' for k, v in found.versions.items())}")
+    rows = [
+        (k.title, f"{k.package} {k.version or '-'}", _WORKS[k.works], k.note) for k in found.kernels
+    ]
+    terminal.show_table(("kernel", "package", "works", "note"), rows)
 
 
 @app.command()

@@ -96,6 +96,11 @@ class RunFolder:
         return self.path / "adapter"
 
     @property
+    def model(self) -> Path:
+        """The trained model of a full fine-tuning, a whole Hugging Face folder."""
+        return self.path / "model"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of Checkpoints, step-000100 and so on."""
         return self.path / "checkpoints"
@@ -227,6 +232,11 @@ class Home:
         return self.path / "tokens"
 
     @property
+    def quantized(self) -> Path:
+        """Folder of base weights in 4 bits, kept for the next start."""
+        return self.path / "quantized"
+
+    @property
     def verdicts(self) -> Path:
         """Folder that keeps which tokenizers have a fast path: see studio.tokens.bpe."""
         return self.tokens / "verdicts"
@@ -283,11 +293,7 @@ class Home:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that no reader ever sees half of it.
-
-    Args:
-        path: Final name; its folder must exist.
-        text: Content, stored as UTF-8.
+    """Write UTF-8 text so that no reader ever sees half of it; the folder must exist.
 
     Raises:
         MachineError: The disk is full or read-only; the old file, if any, is untouched.

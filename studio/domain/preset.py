@@ -35,6 +35,8 @@ class Preset(Section):
     order: int = Field(default=100, description="Place in the list; smaller is earlier.")
     needs: Needs
     source: str = Field(min_length=8, description="Link to where the choices come from.")
+    not_yet: str = Field(default="", description="Why it cannot be launched yet.")
+    instead: str = Field(default="", description="The Preset that can be, in its place.")
     spec: dict[str, Any]
 
     @field_validator("source")
@@ -59,6 +61,7 @@ class KnownModel(Section):
 
     Attributes:
         id: What a ModelRef says, as in `Qwen/Qwen3.5-9B` or `tiny/qwen3.5`.
+        variants: Further repositories with the same configuration.
         config: The published config.json, or its text part.
         chat_template: File under templates/chat, for models that the studio builds itself.
         vocab_size: Size of the tokenizer to train, for models that the studio builds itself.
@@ -67,6 +70,7 @@ class KnownModel(Section):
     id: str
     title: str
     source: str
+    variants: tuple[str, ...] = ()
     config: dict[str, Any]
     chat_template: str | None = None
     vocab_size: int | None = Field(default=None, ge=300)

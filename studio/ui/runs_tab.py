@@ -11,7 +11,7 @@ from studio.domain.metrics import EVAL_LOSS, GRAD_NORM, LEARNING_RATE, LOSS
 from studio.domain.run import RunState
 from studio.domain.spec import spec_to_yaml
 from studio.errors import NotFoundError
-from studio.services import runs
+from studio.services import artifacts, runs
 from studio.services.studio import Studio
 from studio.store.rows import RunRow
 from studio.ui import show, show_samples
@@ -54,12 +54,11 @@ def build(studio: Studio) -> RunsTab:
         with gr.Column(scale=3, min_width=320):
             head = gr.HTML(EMPTY, elem_id="run-head")
             with gr.Row():
-                stop = gr.Button(
-                    "Stop", variant="stop", interactive=False, min_width=90, elem_id="run-stop"
-                )
-                resume = gr.Button("Resume", interactive=False, min_width=90, elem_id="run-resume")
-                to_merge = gr.Button("Merge", interactive=False, min_width=90, elem_id="run-merge")
-                to_chat = gr.Button("Chat", interactive=False, min_width=90, elem_id="run-chat")
+                off: dict[str, Any] = {"interactive": False, "min_width": 90}
+                stop = gr.Button("Stop", variant="stop", elem_id="run-stop", **off)
+                resume = gr.Button("Resume", elem_id="run-resume", **off)
+                to_merge = gr.Button("Merge", elem_id="run-merge", **off)
+                to_chat = gr.Button("Chat", elem_id="run-chat", **off)
             proofs = gr.HTML(elem_id="run-proofs")
             loss = chart("Loss (nats per supervised token)", "chart-loss")
             with gr.Column(visible=False) as held_out:
@@ -161,7 +160,7 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
     row = runs.get(studio, chosen)
     done = runs.progress(studio, row)
     is_over = RunState(row.state).is_final
-    has_adapter = is_over and runs.folder(studio, row.id).adapter.is_dir()
+    has_result = artifacts.has_result(studio, row)
     curves = runs.curves(studio, row.id, CURVES)
     has_eval = bool(curves[EVAL_LOSS])
     head = show.run_head(row, done)
@@ -177,8 +176,8 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
         (head, lambda: head),
         ((can_stop, stop_text), lambda: gr.Button(stop_text, interactive=can_stop)),
         (can_resume, lambda: gr.Button(interactive=can_resume)),
-        (has_adapter, lambda: gr.Button(interactive=has_adapter)),
-        (has_adapter, lambda: gr.Button(interactive=has_adapter)),
+        (has_result, lambda: gr.Button(interactive=has_result)),
+        (has_result, lambda: gr.Button(interactive=has_result)),
         (has_eval, lambda: gr.Column(visible=has_eval)),
         *[_curve(chosen, name, curves[name]) for name in CURVES],
         (stamps, lambda: stamps),

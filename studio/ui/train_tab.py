@@ -1,6 +1,5 @@
 """Train: choose, see what it means in parameters, launch."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,20 +8,22 @@ from typing import Any
 
 import gradio as gr
 
-from studio.domain.preset import find_preset
-from studio.domain.spec import JobSpec, spec_to_yaml
-from studio.domain.targets import GROUP_TITLES, TargetGroup
-from studio.errors import EngineError, InputError, StudioError
-from studio.services import datasets, mixtures, models, readings, runs
+from studio.domain.spec import JobSpec
+from studio.errors import EngineError, InputError
+from studio.services import datasets, kernels, readings, runs
 from studio.services.studio import Studio
-from studio.ui import form, show, show_stats
+from studio.ui import form, show, show_kernels, show_stats
 from studio.ui.datasets_tab import choices
 from studio.ui.edge import shown
+from studio.ui.train_figures import derive, fill
 
 EVAL_DATASET = "data.eval_dataset"
 NO_DATASET = ("none", "")
 SIMPLE = ("data.dataset", "preset", "lora.targets", "train.epochs")
 MAX_SPEC_BYTES = 256 * 1024
+# Gradio refuses ticks that stood before the choices followed another model, in words about Python
+# types; as they are, they reach the spec, which says what the model does not have.
+RAW = False
 # More of the conversations than this are not dropped without asking.
 MAX_SILENT_LOSS = 0.05
 
@@ -57,14 +58,18 @@ def build(studio: Studio) -> TrainTab:
         with gr.Column(scale=2, min_width=320):
             card = gr.HTML(elem_id="preset-card")
             total = gr.HTML(elem_id="train-total")
+            with gr.Accordion("What is trained, layer by layer", open=False):
+                tree = gr.HTML(elem_id="train-targets")
+            budget = gr.HTML(elem_id="train-budget")
             count = gr.Button("Count tokens and steps", size="sm", elem_id="train-count")
             epoch = gr.HTML(elem_id="train-epoch")
             trouble = gr.HTML(elem_id="train-trouble")
             launch = gr.Button("Launch", variant="primary", elem_id="train-launch")
             yaml, apply, load, download = _yaml_box()
+            _kernels_box()
     launched = gr.State(0)
     fields = [by_key[leaf.key] for leaf in leaves]
-    derived = [by_key["lora.targets"], card, total, trouble, yaml, download, epoch]
+    derived = [by_key["lora.targets"], card, total, trouble, yaml, download, epoch, tree, budget]
 
     mode.change(lambda name: gr.Column(visible=name == "Advanced"), mode, advanced)
     _wire_fields(studio, leaves, by_key, derived)
@@ -85,8 +90,8 @@ def build(studio: Studio) -> TrainTab:
         step = partial(progress, desc="Tokenising")
         return show_stats.plan(readings.plan(studio, spec, step), spec.data)
 
-    launch.click(shown(submit), [*fields, accepted], [launched, accepted, trouble])
-    count.click(shown(counted), fields, epoch, show_progress_on=epoch)
+    launch.click(shown(submit), [*fields, accepted], [launched, accepted, trouble], preprocess=RAW)
+    count.click(shown(counted), fields, epoch, show_progress_on=epoch, preprocess=RAW)
     return TrainTab(
         dataset=by_key["data.dataset"],  # type: ignore[arg-type]
         eval_dataset=by_key[EVAL_DATASET],  # type: ignore[arg-type]
@@ -137,6 +142,18 @@ def _yaml_box() -> tuple[gr.Code, gr.Button, gr.UploadButton, gr.DownloadButton]
     return yaml, apply, load, download
 
 
+def _kernels_box() -> None:
+    """Lay out what tries the kernels of this machine, folded away."""
+    with gr.Accordion("Kernels of this machine", open=False):
+        gr.Markdown(
+            "Fast code that a GPU needs, each piece compared with plain arithmetic on this "
+            "machine; a run does the same before its first step.",
+        )
+        button = gr.Button("Try them now", size="sm", elem_id="kernels-try")
+        found = gr.HTML(elem_id="kernels")
+    button.click(shown(lambda: show_kernels.kernels(kernels.measure())), None, found)
+
+
 def _wire_fields(
     studio: Studio,
     leaves: Sequence[form.Leaf],
@@ -146,21 +163,21 @@ def _wire_fields(
     """Let a preset fill the form, and every change show what it means."""
     fields = [by_key[leaf.key] for leaf in leaves]
 
-    def derive(*values: Any) -> list[Any]:
-        return _derive(studio, leaves, values)
+    def derived_of(*values: Any) -> list[Any]:
+        return derive(studio, leaves, values)
 
     def take_preset(*values: Any) -> list[Any]:
         named = dict(zip((leaf.key for leaf in leaves), values, strict=True))
         kept = {"data": {"dataset": named["data.dataset"] or ""}, "name": named["name"]}
-        return _fill(studio, leaves, runs.spec_from_preset(studio, named["preset"], kept))
+        return fill(studio, leaves, runs.spec_from_preset(studio, named["preset"], kept))
 
-    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "preprocess": RAW}
     preset = by_key["preset"]
     preset.input(shown(take_preset), fields, [*fields, *derived], **quiet)  # type: ignore[attr-defined]
     changes = [field.input for field in fields if field is not preset]  # type: ignore[attr-defined]
     # A text box tells of typing, but not of pasting; leaving it tells of both.
     changes += [field.blur for field in fields if isinstance(field, gr.Textbox)]
-    gr.on(changes, shown(derive), fields, derived, trigger_mode="always_last", **quiet)
+    gr.on(changes, shown(derived_of), fields, derived, trigger_mode="always_last", **quiet)
 
 
 def _wire_yaml(
@@ -173,7 +190,7 @@ def _wire_yaml(
     yaml, apply, load = widgets
 
     def take_yaml(text: str) -> list[Any]:
-        return _fill(studio, leaves, _with_known_dataset(studio, runs.complete_spec(studio, text)))
+        return fill(studio, leaves, _with_known_dataset(studio, runs.complete_spec(studio, text)))
 
     def take_file(path: str) -> list[Any]:
         if Path(path).stat().st_size > MAX_SPEC_BYTES:
@@ -191,7 +208,7 @@ def start_values(studio: Studio) -> list[Any]:
     dataset = found[0][1] if found else ""
     first = next(iter(studio.presets))
     spec = runs.spec_from_preset(studio, first, {"data": {"dataset": dataset}})
-    values = _fill(studio, leaves, spec)
+    values = fill(studio, leaves, spec)
     index = [leaf.key for leaf in leaves].index("data.dataset")
     values[index] = gr.Dropdown(choices=found, value=dataset or None)
     index = [leaf.key for leaf in leaves].index(EVAL_DATASET)
@@ -217,17 +234,13 @@ def _simple_fields(
         elem_id="field-preset",
         interactive=True,
     )
-    by_key["lora.targets"] = targets = gr.CheckboxGroup(
+    by_key["lora.targets"] = gr.CheckboxGroup(
         choices=[],
         label="3 · LoRA targets",
         info=leaf_of["lora.targets"].field.description,
         elem_id="field-lora-targets",
         interactive=True,
     )
-    # Gradio refuses ticks that stood before the choices followed another model, in words about
-    # Python types; as they are, they reach the spec, which says what the model does not have.
-    # (A subclass would do the same, but Gradio writes a stub file beside each.)
-    targets.preprocess = lambda payload: payload or []  # type: ignore[method-assign]
     by_key["train.epochs"] = gr.Textbox(
         label="4 · Epochs",
         info=leaf_of["train.epochs"].field.description,
@@ -265,79 +278,6 @@ def _dataset_component(leaf: form.Leaf) -> gr.components.Component:
         min_width=200,
         elem_id=f"field-{leaf.key.replace('.', '-')}",
     )
-
-
-def _fill(studio: Studio, leaves: Sequence[form.Leaf], spec: JobSpec) -> list[Any]:
-    values = form.to_values(spec, leaves)
-    return [*values, *_derive(studio, leaves, values)]
-
-
-def _derive(studio: Studio, leaves: Sequence[form.Leaf], values: Sequence[Any]) -> list[Any]:
-    """Return target choices, card, total, trouble, YAML, download and epoch for some values."""
-    named = dict(zip((leaf.key for leaf in leaves), values, strict=True))
-    card = show.preset(find_preset(studio.presets, named["preset"])) if named["preset"] else ""
-    try:
-        spec = form.to_spec(values, leaves)
-        counts = models.trainable_parameters(studio, spec.model.id, spec.lora.rank)
-        if spec.data.dataset:
-            models.check_targets(studio, spec)
-            mixtures.for_training(studio, spec)
-    except StudioError as error:
-        return [
-            gr.skip(),
-            card,
-            "",
-            show.notice("bad", error.message, error.hint),
-            gr.skip(),
-            gr.skip(),
-            "",
-        ]
-    text = spec_to_yaml(spec)
-    return [
-        gr.CheckboxGroup(
-            choices=_target_choices(counts), value=[group.value for group in spec.lora.targets]
-        ),
-        card,
-        _total(spec, counts),
-        "",
-        text,
-        gr.DownloadButton(value=_yaml_file(text)),
-        "",  # what was counted before is of another spec
-    ]
-
-
-def _target_choices(counts: dict[TargetGroup, int] | None) -> list[tuple[str, str]]:
-    if counts is None:
-        return [(f"{GROUP_TITLES[group]} · size unknown", group.value) for group in TargetGroup]
-    return [
-        (f"{GROUP_TITLES[group]} · {show.count(number)}", group.value)
-        for group, number in counts.items()
-    ]
-
-
-def _total(spec: JobSpec, counts: dict[TargetGroup, int] | None) -> str:
-    if counts is None:
-        return show.notice(
-            "info",
-            "Trainable parameters: unknown until the model's config.json is here.",
-            "A hub model that no preset names is only known after its download.",
-        )
-    chosen = sum(number for group, number in counts.items() if group in spec.lora.targets)
-    steps = spec.batch.micro_batch_size * spec.batch.gradient_accumulation_steps
-    return show.facts(
-        [
-            ("trainable parameters", show.count(chosen)),
-            ("examples a step", show.count(steps)),
-            ("adapter, in 32 bits", show.size(4 * chosen)),
-        ]
-    )
-
-
-def _yaml_file(text: str) -> str:
-    folder = Path(tempfile.mkdtemp(prefix="studio-spec-"))
-    path = folder / "spec.yaml"
-    path.write_text(text, encoding="utf-8")
-    return str(path)
 
 
 def _with_known_dataset(studio: Studio, spec: JobSpec) -> JobSpec:

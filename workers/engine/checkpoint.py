@@ -1,27 +1,178 @@
 """Checkpoints: all that a run needs to go on as if it had never stopped.
 
-A folder step-000100 holds adapter/ (PEFT's own layout), optimizer.pt, rng.pt and state.json.
-It appears whole. Nothing in it is a pickle of code: the .pt files load with weights_only.
+A folder step-000100 holds
+    tensors/*.safetensors   what trains and the optimizer's state, each rank its own part, written
+                            by torch.distributed.checkpoint through its safetensors storage
+    rng-00000.safetensors   random numbers of a rank
+    state.json              steps done, losses, what of the optimizer is no tensor, versions
+    manifest.json           size and sha256 of all the others; written last
+It appears whole, and is believed only when the manifest agrees. Nothing in it is a pickle: the
+usual storage of torch.distributed.checkpoint has a `.metadata` that can run code when it is read;
+the safetensors one has none. With several machines the run folder must be one that all of them see.
+
+A run goes on bit for bit on as many ranks as before. On another number weights, optimizer and
+cursor are the same, but dropout and noise are drawn anew.
 """
 
-import json
-from collections.abc import Callable
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+import torch.distributed as dist
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from studio.disk import RunFolder
 from studio.errors import EngineError, disk_errors
 from studio.whole import whole_folder
+from workers.engine.checkpoint_files import (
+    TENSORS,
+    flush,
+    make_room,
+    publish,
+    read_state,
+    rng_name,
+)
+from workers.engine.lora import adapter_state
+from workers.engine.optimizer_state import fill_state, state_scalars, state_tensors
+from workers.engine.parallel import whole_tensor
+from workers.engine.world import World
 
-VERSION = 1
+log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a run is, beside weights and optimizer.
+
+    Attributes:
+        step: Steps done: also the cursor of the data, whose order is a function of seed and step.
+        base_id: Id of the base weights.
+        losses: Loss of each step.
+        evaluations: Step and loss of each evaluation.
+        notes: Anything else that JSON can hold.
+    """
+
+    step: int
+    base_id: str
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def save_checkpoint(
+    run: RunFolder,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    progress: Progress,
+) -> Path:
+    """Save a Checkpoint; all ranks call it. One of the same step is kept until this is whole.
+
+    Args:
+        run: Where it shall stand.
+        model: Its parameters that train are saved.
+        optimizer: Of the same parameters.
+        world: The processes of the run.
+        progress: Steps done, and what was measured.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        MachineError: The disk of rank 0 is full or read-only.
+        EngineError: Another rank could not write.
+    """
+    folder = run.checkpoint(progress.step)
+    temporary = folder.parent / f".{folder.name}.part"
+    optimizer = _inner(optimizer)
+    names = _trainable(model)
+    world.from_main(lambda: make_room(temporary))
+    tensors = {f"model|{name}": parameter.detach() for name, parameter in names.items()}
+    tensors |= state_tensors(optimizer, names)
+    failure: Exception | None = None
+    try:
+        _save_tensors(temporary / TENSORS, tensors)
+        _write_rng(temporary / rng_name(world.rank), world)
+    # What a rank meets is told to all of them below; alone it would leave the others waiting.
+    except Exception as error:  # noqa: BLE001
+        failure = error
+    if world.any(failure is not None):
+        _say_failure(failure)
+    state = {
+        "ranks": world.size,
+        "progress": asdict(progress),
+        "optimizer": state_scalars(optimizer, names),
+        "versions": {name: version(name) for name in _PACKAGES},
+    }
+    world.from_main(lambda: publish(temporary, folder, state))
+    return folder
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> Progress:
+    """Bring model, optimizer and random numbers back to where the Checkpoint was saved.
+
+    Args:
+        folder: A Checkpoint.
+        model: Wrapped as it was, on any number of ranks; what trains is overwritten.
+        optimizer: Built as it was.
+        world: The processes of the run, which all call it.
+
+    Returns:
+        How far the run was.
+
+    Raises:
+        EngineError: The Checkpoint is incomplete, damaged or of another model.
+    """
+    state = world.from_main(lambda: read_state(folder))
+    optimizer = _inner(optimizer)
+    names = _trainable(model)
+    with _reading(folder):
+        _load_weights(folder, names)
+        fill_state(optimizer, names, _stored(folder), state["optimizer"], _loader(folder))
+        _restore_rng(folder, state["ranks"], world)
+    if state["versions"] != (now := {name: version(name) for name in _PACKAGES}):
+        log.warning("The Checkpoint was saved with %s, this is %s", state["versions"], now)
+    progress = state["progress"]
+    progress["evaluations"] = [(int(step), loss) for step, loss in progress["evaluations"]]
+    return Progress(**progress)
+
+
+def load_weights(folder: Path, model: nn.Module, world: World) -> None:
+    """Bring only the weights back: those of the best evaluation, for the Adapter.
+
+    Raises:
+        EngineError: The Checkpoint is incomplete, damaged or of another model.
+    """
+    world.from_main(lambda: read_state(folder))
+    with _reading(folder):
+        _load_weights(folder, _trainable(model))
 
 
 def save_adapter(model: PeftModel, base_id: str, folder: Path) -> None:
     """Write the Adapter in PEFT's own layout, whole or not at all; replace an older one.
+
+    All ranks call it; rank 0 writes.
 
     Args:
         model: Its active adapter is saved.
@@ -32,78 +183,131 @@ def save_adapter(model: PeftModel, base_id: str, folder: Path) -> None:
     Raises:
         MachineError: The disk is full or read-only.
     """
-    model.peft_config[model.active_adapter].base_model_name_or_path = base_id
-    # Without save_embedding_layers=False PEFT asks the hub whether the vocabulary was resized.
-    _appear_whole(
-        folder, lambda inner: model.save_pretrained(str(inner), save_embedding_layers=False)
-    )
+    tensors = {name: whole_tensor(tensor) for name, tensor in adapter_state(model).items()}
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    config = model.peft_config[model.active_adapter]
+    config.base_model_name_or_path = base_id
+    with disk_errors(f"saving {folder.name}"), whole_folder(folder) as inner:
+        was_inference, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(inner))
+        config.inference_mode = was_inference
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            inner / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
 
 
-def save_checkpoint(
-    run: RunFolder, model: PeftModel, optimizer: torch.optim.Optimizer, *, step: int, base_id: str
-) -> Path:
-    """Save a Checkpoint after `step` steps.
-
-    Returns:
-        Its folder.
-
-    Raises:
-        MachineError: The disk is full or read-only.
-    """
-
-    def write(inner: Path) -> None:
-        save_adapter(model, base_id, inner / "adapter")
-        torch.save(optimizer.state_dict(), inner / "optimizer.pt")
-        torch.save(_rng_state(), inner / "rng.pt")
-        state = {"version": VERSION, "step": step}
-        (inner / "state.json").write_text(json.dumps(state), encoding="utf-8")
-
-    folder = run.checkpoint(step)
-    _appear_whole(folder, write)
-    return folder
+# ---- tensors ----------------------------------------------------------------------------------
 
 
-def load_checkpoint(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> int:
-    """Bring model, optimizer and random numbers back to where the Checkpoint was saved.
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
-    Args:
-        folder: A Checkpoint.
-        model: Wrapped as it was; its adapter weights are overwritten.
-        optimizer: Built as it was.
 
-    Returns:
-        Steps done: the cursor.
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that Accelerate may have wrapped."""
+    inner: torch.optim.Optimizer = vars(optimizer).get("optimizer", optimizer)
+    return inner
 
-    Raises:
-        EngineError: The Checkpoint is incomplete or belongs to another model.
+
+def _save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _plainly():
+        save(dict(tensors), storage_writer=writer)
+
+
+def _load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    with _plainly():
+        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def _loader(folder: Path) -> Any:
+    return lambda tensors: _load_tensors(folder / TENSORS, tensors)
+
+
+def _stored(folder: Path) -> dict[str, Any]:
+    """Return size and dtype of every tensor of a Checkpoint, by key."""
+    metadata = HuggingFaceStorageReader(str(folder / TENSORS)).read_metadata()
+    return dict(metadata.state_dict_metadata)
+
+
+def _load_weights(folder: Path, names: Mapping[str, nn.Parameter]) -> None:
+    stored = _stored(folder)
+    there = {key.split("|", 1)[1]: tuple(stored[key].size) for key in stored if key[:6] == "model|"}
+    here = {name: tuple(parameter.shape) for name, parameter in names.items()}
+    odd = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    if odd:
+        said, wanted = (shapes.get(odd[0], "absent") for shapes in (there, here))
+        raise EngineError(
+            f"The Checkpoint in {folder} is of another model: {odd[0]} is {said} there and "
+            f"{wanted} in this run, and {len(odd) - 1} more differ.",
+            "Choose a Checkpoint of this model, method and LoRA targets.",
+        )
+    _load_tensors(folder / TENSORS, {f"model|{name}": p.detach() for name, p in names.items()})
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Raise what a rank met, not what torch makes of it, which is no Exception.
+
+    torch's warning that there is no process group is silenced: one process needs none.
     """
     try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-        found: Any = set_peft_model_state_dict(model, weights)
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        rng = torch.load(folder / "rng.pt", weights_only=True)
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+    except CheckpointException as error:
+        met = [failure for failure, _ in error.failures.values() if isinstance(failure, Exception)]
+        raise (met[0] if met else RuntimeError(str(error))) from error
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Say in a sentence what a library finds wrong with a Checkpoint."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise EngineError(
             f"The Checkpoint in {folder} cannot be loaded: {error}.", "Start the run anew."
         ) from error
-    if found.unexpected_keys:
+
+
+def _say_failure(failure: Exception | None) -> None:
+    """Raise what this rank met, or that another one met something."""
+    if failure is None:
         raise EngineError(
-            f"The Checkpoint in {folder} is of another model: {found.unexpected_keys[0]}.",
-            "Choose a Checkpoint of this model and these LoRA targets.",
+            "Another rank could not write its part of the Checkpoint.", "See log.txt."
         )
-    torch.set_rng_state(rng["cpu"])
-    if rng["cuda"]:
-        torch.cuda.set_rng_state_all(rng["cuda"])
-    return int(state["step"])
+    with disk_errors("saving a Checkpoint"):
+        raise failure
 
 
-def _rng_state() -> dict[str, torch.Tensor | list[torch.Tensor]]:
+# ---- random numbers ---------------------------------------------------------------------------
+
+
+def _write_rng(path: Path, world: World) -> None:
     # The order of examples needs none: it is a function of seed and step.
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    save_file(states, path)
+    flush(path)
 
 
-def _appear_whole(folder: Path, write: Callable[[Path], object]) -> None:
-    with disk_errors(f"saving {folder.name}"), whole_folder(folder) as inner:
-        write(inner)
+def _restore_rng(folder: Path, ranks: int, world: World) -> None:
+    if ranks == world.size:
+        states = load_file(folder / rng_name(world.rank))
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and world.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], world.device)
+        return
+    log.warning(
+        "The Checkpoint was saved on %d ranks, this run has %d: dropout and noise are drawn anew.",
+        ranks,
+        world.size,
+    )
+    first = load_file(folder / rng_name(0))["cpu"].numpy().tobytes()
+    digest = hashlib.sha256(first + f"{world.rank} {world.size}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

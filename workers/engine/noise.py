@@ -7,7 +7,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from workers.engine.batches import MicroBatch
+
 # B rows, T tokens, D hidden
+
+
+def lengths_of(batch: MicroBatch) -> torch.Tensor:
+    """Return the tokens of the document that each place of a micro-batch belongs to, (B, T)."""
+    if batch.packed is not None:
+        lengths_N = batch.packed.bounds.diff()
+        return lengths_N[batch.packed.documents.long()]
+    assert batch.mask is not None
+    return batch.mask.sum(1, keepdim=True).expand_as(batch.tokens)
 
 
 @contextmanager

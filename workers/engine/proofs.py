@@ -9,17 +9,18 @@ loss      it fell
 
 from collections.abc import Sequence
 from itertools import groupby
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.domain.chat_template import readable
 from studio.domain.proof import Proof
 from studio.domain.reading import Reading
 from studio.tokens.examples import Example
 from workers.engine.data import Examples, conversations_to_compare
+from workers.engine.report import peak_memory_bytes
 
 NUM_SHOWN = 3
 # Conversations, evenly spread, whose tokens are compared with transformers'.
@@ -113,6 +114,21 @@ def _compare(
     return different, compared
 
 
+def prove_all_train(model: PreTrainedModel) -> Proof:
+    """Count the weights that train in a full fine-tuning: all of the text model's.
+
+    Args:
+        model: Before it is shared out among ranks.
+    """
+    total, trainable = model.num_parameters(), model.num_parameters(only_trainable=True)
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    summary = f"{trainable:,} of the {total:,} weights of the text model train."
+    if frozen:
+        summary += f" {len(frozen)} tensors do not, the first is {frozen[0]}."
+    details = {"trainable_parameters": trainable, "parameters": total, "frozen": frozen}
+    return Proof(name="targets", passed=not frozen, summary=summary, details=details)
+
+
 def prove_loss(losses: Sequence[float], eval_losses: Sequence[float] = ()) -> Proof:
     """Compare the mean loss of the first and the last tenth of the steps.
 
@@ -137,6 +153,35 @@ def prove_loss(losses: Sequence[float], eval_losses: Sequence[float] = ()) -> Pr
         f"The loss went from {first:.3f} to {last:.3f} (means of the first and last tenth).{unseen}"
     )
     return Proof(name="loss", passed=last < first, summary=summary, details=details)
+
+
+def prove_throughput(seconds: Sequence[float], tokens: Sequence[int]) -> Proof:
+    """Say how many real tokens a second the run read; it informs.
+
+    The first steps compile kernels and fill caches, so the first fifth is left out.
+
+    Args:
+        seconds: Of each step.
+        tokens: Real tokens of each step on all processes, padding left out.
+    """
+    if not seconds:
+        return Proof(name="throughput", passed=None, summary="No step was taken.")
+    first = len(seconds) // 5
+    rates = [count / took for count, took in zip(tokens[first:], seconds[first:], strict=True)]
+    rate = median(rates)
+    peak = peak_memory_bytes()
+    summary = (
+        f"{rate:,.0f} real tokens a second (median of {len(rates)} steps); "
+        f"at most {peak / 2**30:,.2f} GiB in memory."
+    )
+    details = {
+        "tokens_per_second": rate,
+        "steps": len(rates),
+        "slowest": min(rates),
+        "fastest": max(rates),
+        "peak_memory_bytes": peak,
+    }
+    return Proof(name="throughput", passed=None, summary=summary, details=details)
 
 
 def _shown(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

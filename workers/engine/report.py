@@ -26,14 +26,17 @@ class Reporter:
 
     Args:
         run: The run folder.
+        speaks: False on all ranks but the first: they write nothing.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
+    def __init__(self, run: RunFolder, *, speaks: bool = True) -> None:
+        self._run, self._speaks = run, speaks
         self._start = time.monotonic()
 
     def begin(self) -> None:
         """Remove how an earlier attempt at the same run ended, and what it had proved."""
+        if not self._speaks:
+            return
         for path in (self._run.result, self._run.error, self._run.proofs):
             path.unlink(missing_ok=True)
 
@@ -43,6 +46,8 @@ class Reporter:
         Raises:
             MachineError: The disk is full or read-only.
         """
+        if not self._speaks:
+            return
         for path in (self._run.metrics, self._run.samples):
             if not path.exists():
                 continue
@@ -52,7 +57,8 @@ class Reporter:
 
     def stage(self, stage: str, detail: str = "") -> None:
         """Say what the engine does now."""
-        write_whole(self._run.stage, json.dumps({"stage": stage, "detail": detail}))
+        if self._speaks:
+            write_whole(self._run.stage, json.dumps({"stage": stage, "detail": detail}))
 
     def step(self, step: int, total_steps: int, values: Mapping[str, float]) -> None:
         """Append one step to metrics.jsonl, as one write, so that readers see whole lines.
@@ -60,6 +66,8 @@ class Reporter:
         Raises:
             MachineError: The disk is full or read-only.
         """
+        if not self._speaks:
+            return
         record = StepRecord(step=step, total_steps=total_steps, values=dict(values))
         with disk_errors("writing metrics"), self._run.metrics.open("a", encoding="utf-8") as file:
             file.write(record.model_dump_json() + "\n")
@@ -70,14 +78,17 @@ class Reporter:
         Raises:
             MachineError: The disk is full or read-only.
         """
+        if not self._speaks:
+            return
         text = "".join(sample.model_dump_json() + "\n" for sample in samples)
         with disk_errors("writing samples"), self._run.samples.open("a", encoding="utf-8") as file:
             file.write(text)
 
     def proofs(self, proofs: Sequence[Proof]) -> None:
         """Write all Proofs measured so far."""
-        text = Proofs(proofs=tuple(proofs)).model_dump_json(indent=2)
-        write_whole(self._run.proofs, text)
+        if self._speaks:
+            text = Proofs(proofs=tuple(proofs)).model_dump_json(indent=2)
+            write_whole(self._run.proofs, text)
 
     def result(
         self,
@@ -86,8 +97,11 @@ class Reporter:
         step: int,
         total_steps: int,
         trainable_parameters: int,
+        method: str,
     ) -> None:
         """Write how the run ended: the last act of a run that ends well."""
+        if not self._speaks:
+            return
         values = {
             "state": state,
             "step": step,
@@ -95,6 +109,7 @@ class Reporter:
             "seconds": time.monotonic() - self._start,
             "peak_memory_bytes": peak_memory_bytes(),
             "trainable_parameters": trainable_parameters,
+            "method": method,
             "versions": {"python": python_version(), **{name: version(name) for name in PACKAGES}},
         }
         write_whole(self._run.result, json.dumps(values, indent=2))

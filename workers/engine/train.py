@@ -1,68 +1,45 @@
 """One training run, top to bottom: build, loop, step, stop.
 
-Reads spec.json and the Datasets of a run folder, writes all its other files.
-Not covered: more than one card, packing, resuming (load_checkpoint is there, no field asks for it).
+Reads spec.json and the Datasets of a run folder, writes all its other files. A run folder that
+holds a Checkpoint goes on from there: with the same number of processes bit for bit as if it had
+never stopped. Every process of a run comes through here; rank 0 alone writes.
 """
 
-import json
 import logging
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from types import FrameType
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from studio.disk import RunFolder
 from studio.domain import metrics
-from studio.domain.proof import Proof
-from studio.domain.spec import JobSpec, parse_spec
-from studio.errors import EngineError, InputError
-from studio.tokens.order import count_steps, epoch_ends, step_order
-from workers.engine.batches import count_supervised, micro_batches
-from workers.engine.checkpoint import save_adapter, save_checkpoint
-from workers.engine.coverage import prove_coverage
-from workers.engine.data import Examples, read_data
-from workers.engine.evaluate import batch_loss, evaluation_loss
-from workers.engine.lora import add_adapter
-from workers.engine.lora_proofs import prove_learned, prove_targets
-from workers.engine.model import find_base, load_base, load_tokenizer
-from workers.engine.optim import build_optimizer, learning_rate_at, set_learning_rate
-from workers.engine.proofs import prove_loss, prove_mask
-from workers.engine.report import Reporter
+from studio.domain.sample import Sample
+from studio.errors import EngineError
+from workers.engine.batches import MicroBatch, collate
+from workers.engine.build import Training, build
+from workers.engine.checkpoint import load_weights, save_adapter, save_checkpoint
+from workers.engine.checkpoint_files import prune
+from workers.engine.evaluate import evaluation_loss, is_hopeless
+from workers.engine.full import save_full
+from workers.engine.full_proofs import prove_full_learned
+from workers.engine.lora import base_of
+from workers.engine.lora_proofs import prove_learned
+from workers.engine.loss import batch_loss
+from workers.engine.noise import lengths_of, noisy_embeddings
+from workers.engine.optim import learning_rate_at, set_learning_rate
+from workers.engine.parallel import clip_gradients
+from workers.engine.proofs import prove_loss, prove_throughput
+from workers.engine.samples import sample_replies
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(kw_only=True, slots=True)
-class Training:
-    """All that the acts share.
-
-    Attributes:
-        evaluation: What is measured and never trained on; None when nothing is.
-        losses: Loss of each step so far: also how many steps are done.
-        eval_losses: Loss on `evaluation`, before the first step and after each epoch.
-    """
-
-    folder: RunFolder
-    spec: JobSpec
-    report: Reporter
-    accelerator: Accelerator
-    tokenizer: PreTrainedTokenizerBase
-    examples: Examples
-    evaluation: Examples | None
-    model: PeftModel
-    optimizer: torch.optim.Optimizer
-    total_steps: int
-    proofs: list[Proof]
-    losses: list[float] = field(default_factory=list)
-    eval_losses: list[float] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -87,206 +64,198 @@ def train(folder: RunFolder) -> None:
     with _stop_wish() as wish:
         loop(training, wish)
         stop(training)
-
-
-def build(folder: RunFolder) -> Training:
-    """Read the order, check it against data and machine, and load all that the loop needs."""
-    report = Reporter(folder)
-    report.begin()
-    report.go_on(-1)
-    spec = _read_spec(folder)
-    if spec.method == "auto" or spec.method == "full":
-        raise EngineError(
-            f"The method {spec.method} is not supported yet.", "Choose qlora or lora."
-        )
-    accelerator = _accelerator(spec.train.num_gpus)
-    report.stage("finding the base model", spec.model.id)
-    base_folder = find_base(spec.model, folder.home)
-    tokenizer = load_tokenizer(base_folder)
-    data = read_data(folder, spec, base_folder, report.stage)
-    report.stage("proving the mask")
-    proofs = [prove_mask(data.training, tokenizer, spec.data.reading)]
-    report.proofs(proofs)
-    report.stage("loading the base model", spec.model.id)
-    base = load_base(base_folder, method=spec.method, device=accelerator.device)
-    proofs.append(prove_coverage(base, spec.method))
-    report.proofs(proofs)
-    report.stage("adding the adapter")
-    torch.manual_seed(spec.train.seed)
-    model = add_adapter(base, spec.lora)
-    proofs.insert(0, prove_targets(model, spec.lora))
-    report.proofs(proofs)
-    _refuse_failed(proofs)
-    if spec.train.recompute != "none":
-        base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
-    # The model is not prepared: at world size 1 accelerate would only wrap it for gradient
-    # exchange with nobody.
-    optimizer = accelerator.prepare(build_optimizer(model.named_parameters(), spec.optim))
-    per_epoch = data.training.per_epoch
-    total_steps = count_steps(per_epoch, spec.batch, spec.train)
-    log.info("%d examples an epoch, %d steps on %s", per_epoch, total_steps, accelerator.device)
-    return Training(
-        folder=folder,
-        spec=spec,
-        report=report,
-        accelerator=accelerator,
-        tokenizer=tokenizer,
-        examples=data.training,
-        evaluation=data.evaluation,
-        model=model.train(),
-        optimizer=optimizer,
-        total_steps=total_steps,
-        proofs=proofs,
-    )
+    training.world.close()
 
 
 def loop(training: Training, wish: StopWish) -> None:
-    """Take steps until the last one, or until somebody asks to stop."""
-    spec = training.spec
-    examples = training.examples
-    ends = epoch_ends(examples.per_epoch, spec.batch, spec.train)
-    evaluate(training)
-    training.report.stage("training", f"{training.total_steps} steps")
-    for indices in step_order(examples.lengths, spec.batch, spec.train, parts=examples.parts):
-        step(training, indices)
-        if wish.is_there:
+    """Take steps until the last one, until somebody asks to stop, or until it is hopeless."""
+    spec, order, progress = training.spec, training.order, training.progress
+    if not progress.step:
+        evaluate(training)
+    training.report.stage("training", f"{order.total_steps} steps")
+    for micro_batches in order.steps(progress.step):
+        if is_hopeless(progress.evaluations, spec.eval.patience):
+            log.info("The evaluation loss was no better %s times in a row", spec.eval.patience)
             return
-        if len(training.losses) in ends:
+        step(training, micro_batches)
+        if training.world.any(wish.is_there):
+            return
+        if _is_evaluated(training, progress.step):
             evaluate(training)
+            if spec.eval.patience is not None and training.best == progress.step:
+                save(training)
+        if spec.train.save_steps and progress.step % spec.train.save_steps == 0:
+            save(training)
+
+
+def _is_evaluated(training: Training, step: int) -> bool:
+    every, order = training.spec.eval.every_steps, training.order
+    if every is None:
+        return step in order.epoch_ends
+    return step % every == 0 or step == order.total_steps
 
 
 def evaluate(training: Training) -> None:
-    """Measure the loss on what is never trained on, and report it at the present step."""
-    if training.evaluation is None:
-        return
-    training.report.stage("evaluating", f"{len(training.evaluation)} examples")
-    loss = evaluation_loss(
-        training.model,
-        training.evaluation,
-        micro_batch_size=training.spec.batch.micro_batch_size,
-        pad_token_id=_pad_token_id(training),
-    )
-    training.eval_losses.append(loss)
-    step = len(training.losses)
-    training.report.step(step, training.total_steps, {metrics.EVAL_LOSS: loss})
-    training.report.stage("training", f"{training.total_steps} steps")
+    """Measure the loss on what is never trained on, ask the sample prompts, and report both."""
+    spec, progress, report = training.spec, training.progress, training.report
+    if training.evaluation is not None:
+        report.stage("evaluating", f"{len(training.evaluation)} examples")
+        loss = evaluation_loss(
+            training.root,
+            training.evaluation,
+            training.world,
+            micro_batch_size=spec.batch.micro_batch_size,
+            pad_token_id=training.pad_token_id,
+        )
+        progress.evaluations.append((progress.step, loss))
+        values = {metrics.EVAL_LOSS: loss}
+        report.step(progress.step, training.order.total_steps, values)
+    if spec.eval.prompts:
+        report.stage("asking the sample prompts")
+        replies: list[Sample] = training.root(_ask, training)
+        report.samples(replies)
+    report.stage("training", f"{training.order.total_steps} steps")
 
 
-def step(training: Training, indices: Sequence[int]) -> None:
-    """Take one optimizer step on some examples and report it.
+def _ask(model: PeftModel | PreTrainedModel, training: Training) -> list[Sample]:
+    base = base_of(model) if isinstance(model, PeftModel) else model
+    return sample_replies(base, training.tokenizer, training.spec, training.progress.step)
+
+
+def step(training: Training, micro_batches: Sequence[Sequence[int]]) -> None:
+    """Take one optimizer step and report it.
 
     Args:
         training: What is trained.
-        indices: Places of the examples in `training.examples`.
+        micro_batches: Places of their examples in `training.examples`, the same on every rank.
 
     Raises:
         EngineError: Loss or gradient is not finite; the weights are left as they were.
     """
     start = time.perf_counter()
-    spec, number = training.spec, len(training.losses) + 1
-    model, accelerator, optimizer = training.model, training.accelerator, training.optimizer
-    examples = [training.examples[index] for index in indices]
-    num_supervised = count_supervised(examples)
-    loss = torch.zeros((), device=accelerator.device)
-    size, pad = spec.batch.micro_batch_size, _pad_token_id(training)
-    for batch in micro_batches(examples, size, pad):
-        share = batch_loss(model, batch.to(accelerator.device), num_supervised)
-        accelerator.backward(share)
-        loss += share.detach()
-    norm = accelerator.clip_grad_norm_(model.parameters(), spec.optim.max_grad_norm)
-    _refuse_not_finite(training, float(loss), float(norm), indices)
-    rate = learning_rate_at(spec.optim, number, training.total_steps)
-    set_learning_rate(optimizer, rate)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    training.losses.append(float(loss))
+    spec, progress = training.spec, training.progress
+    number, total_steps = progress.step + 1, training.order.total_steps
+    indices = list(chain.from_iterable(micro_batches))
+    num_supervised = int(training.examples.supervised[indices].sum())
+    losses = _backward(training, micro_batches, num_supervised)
+    loss = float(losses.sum())
+    parameters = [p for p in training.model.parameters() if p.requires_grad]
+    norm = clip_gradients(parameters, spec.optim.max_grad_norm)
+    _refuse_not_finite(training, micro_batches, losses.tolist(), norm)
+    rate = learning_rate_at(spec.optim, number, total_steps)
+    set_learning_rate(training.optimizer, rate)
+    training.optimizer.step()
+    training.optimizer.zero_grad(set_to_none=True)
+    progress.step = number
+    progress.losses.append(loss)
     seconds = time.perf_counter() - start
+    num_tokens = int(training.examples.lengths[indices].sum())
+    training.seconds.append(seconds)
+    training.tokens.append(num_tokens)
     values = {
-        metrics.LOSS: float(loss),
+        metrics.LOSS: loss,
         metrics.LEARNING_RATE: rate,
-        metrics.GRAD_NORM: float(norm),
+        metrics.GRAD_NORM: norm,
         metrics.STEP_SECONDS: seconds,
-        metrics.TOKENS_PER_SECOND: sum(len(example.tokens) for example in examples) / seconds,
+        metrics.TOKENS_PER_SECOND: num_tokens / seconds,
         "supervised_tokens": float(num_supervised),
     }
-    training.report.step(number, training.total_steps, values)
+    training.report.step(number, total_steps, values)
+
+
+def _backward(
+    training: Training, micro_batches: Sequence[Sequence[int]], num_supervised: int
+) -> torch.Tensor:
+    """Add up the gradients of a step; return the share of each micro-batch in its loss, (M,)."""
+    world, size = training.world, training.world.size
+    losses_M = torch.zeros(len(micro_batches), device=world.device)
+    for place, (indices, weight) in enumerate(world.shares(micro_batches)):
+        examples = [training.examples[index] for index in indices]
+        packed = training.batch.packing
+        batch = collate(examples, training.pad_token_id, packed=packed).to(world.device)
+        share = training.root(_noisy_loss, training, batch, num_supervised)
+        (weight * share).backward()
+        if weight:
+            losses_M[world.rank + place * size] = share.detach()
+    return world.sum(losses_M)
+
+
+def _noisy_loss(
+    model: PeftModel | PreTrainedModel, training: Training, batch: MicroBatch, num_supervised: int
+) -> torch.Tensor:
+    embeddings, alpha = model.get_input_embeddings(), training.spec.optim.neftune_alpha
+    with noisy_embeddings(embeddings, lengths_of(batch), alpha):
+        return batch_loss(model, batch, num_supervised)
+
+
+def save(training: Training) -> None:
+    """Save a Checkpoint at the present step, and remove those that are not kept."""
+    spec, folder = training.spec, training.folder
+    training.report.stage("saving a checkpoint", f"step {training.progress.step}")
+    save_checkpoint(folder, training.model, training.optimizer, training.world, training.progress)
+    best = training.best if spec.eval.patience is not None else None
+    keep = spec.train.keep_checkpoints
+    training.world.from_main(lambda: len(prune(folder.checkpoints, keep, best)))
+    training.report.stage("training", f"{training.order.total_steps} steps")
 
 
 def stop(training: Training) -> None:
-    """Save Checkpoint and Adapter, measure what was learned, and say how the run ended."""
-    spec, done = training.spec, len(training.losses)
-    training.report.stage("saving the adapter")
-    save_checkpoint(
-        training.folder, training.model, training.optimizer, step=done, base_id=spec.model.id
-    )
-    save_adapter(training.model, spec.model.id, training.folder.adapter)
-    training.proofs += [
-        prove_learned(training.model, spec.lora),
-        prove_loss(training.losses, training.eval_losses),
-    ]
+    """Save Checkpoint and result, measure what was learned, and say how the run ended."""
+    spec, progress, world = training.spec, training.progress, training.world
+    done, total_steps = progress.step, training.order.total_steps
+    is_over = done == total_steps or is_hopeless(progress.evaluations, spec.eval.patience)
+    save(training)
+    if is_over and spec.eval.patience is not None and training.best:
+        training.report.stage("going back to the best evaluation", f"step {training.best}")
+        load_weights(training.folder.checkpoint(training.best), training.model, world)
+    _save_result(training)
+    losses = [loss for _, loss in progress.evaluations]
+    training.proofs.append(prove_loss(progress.losses, losses))
+    training.proofs.append(prove_throughput(training.seconds, training.tokens))
     training.report.proofs(training.proofs)
-    is_finished = done == training.total_steps
     training.report.result(
-        "FINISHED" if is_finished else "STOPPED",
+        "FINISHED" if is_over else "STOPPED",
         step=done,
-        total_steps=training.total_steps,
-        trainable_parameters=training.model.num_parameters(only_trainable=True),
+        total_steps=total_steps,
+        method=spec.method,
+        trainable_parameters=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
     )
-    training.report.stage("finished" if is_finished else "stopped", f"step {done}")
-    training.accelerator.end_training()
+    training.report.stage("finished" if is_over else "stopped", f"step {done}")
 
 
-def _read_spec(folder: RunFolder) -> JobSpec:
-    try:
-        return parse_spec(json.loads(folder.spec.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"The run folder {folder.path} has no readable spec.json: {error}.",
-            "Start the run from the studio, or write a JobSpec there.",
-        ) from error
-
-
-def _accelerator(num_gpus: int) -> Accelerator:
-    if num_gpus > 1:
-        raise EngineError(
-            f"The run asks for {num_gpus} GPUs; more than one is not supported yet.",
-            "Set GPUs to 1, or to 0 for a tiny model on the CPU.",
-            "train.num_gpus",
-        )
-    if num_gpus == 1 and not torch.cuda.is_available():
-        raise EngineError(
-            "The run asks for 1 GPU, but PyTorch finds no CUDA GPU on this machine.",
-            "Set GPUs to 0 (tiny models only), or start a worker on a machine with a GPU.",
-            "train.num_gpus",
-        )
-    # No autocast: the base is bfloat16 on CUDA already, and the adapter is float32 on purpose.
-    return Accelerator(cpu=num_gpus == 0, mixed_precision="no")
-
-
-def _refuse_failed(proofs: list[Proof]) -> None:
-    """Stop before the first step where training would be for nothing."""
-    for proof in proofs:
-        if proof.name in ("targets", "mask") and proof.passed is False:
-            raise EngineError(proof.summary, f"See the Proof {proof.name!r} of the run.")
-
-
-def _pad_token_id(training: Training) -> int:
-    return int(training.tokenizer.pad_token_id or 0)
+def _save_result(training: Training) -> None:
+    """Write the Adapter, or the whole model when all of it was trained, and its Proof."""
+    model, world, folder = training.model, training.world, training.folder
+    if isinstance(model, PeftModel):
+        training.report.stage("saving the adapter")
+        save_adapter(model, training.spec.model.id, folder.adapter)
+        # Gathers weights that are shared out, so every rank takes part.
+        training.proofs.append(prove_learned(model, training.spec.lora))
+        return
+    training.report.stage("saving the model")
+    save_full(model, training.base_folder, folder.model, world)
+    training.proofs.append(
+        world.from_main(lambda: prove_full_learned(folder.model, training.base_folder))
+    )
 
 
 def _refuse_not_finite(
-    training: Training, loss: float, norm: float, indices: Sequence[int]
+    training: Training,
+    micro_batches: Sequence[Sequence[int]],
+    losses: Sequence[float],
+    norm: float,
 ) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
+    wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
+    if not wrong and math.isfinite(norm):
         return
-    what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
-    places = sorted({training.examples.place_of(index) for index in indices})
+    what = f"loss is {sum(losses)}" if wrong else f"gradient norm is {norm}"
+    held = "micro-batches whose loss is not finite" if wrong else "step"
+    suspects = [micro_batches[number] for number in wrong] or micro_batches
+    places = sorted({training.examples.place_of(i) for i in chain.from_iterable(suspects)})
     lines = ", ".join(training.examples.name_of(place) for place in places)
     raise EngineError(
-        f"The {what} at step {len(training.losses) + 1}; the weights were left as they were "
-        f"before it. The step held these lines of the dataset: {lines}.",
+        f"The {what} at step {training.progress.step + 1}; the weights were left as they were "
+        f"before it. The {held} held these lines of the dataset: {lines}.",
         "Lower the learning rate; if it happens at step 1, look at those lines.",
         "optim.learning_rate",
     )
