@@ -1,59 +1,23 @@
 """The main job from the command line, and what bad input is answered with."""
 
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from studio.disk import TEMPLATES, Home
-from tests.e2e.conftest import ROOT, end_worker
+from tests.e2e.conftest import end_worker
 from tests.e2e.forks import Forks
+from tests.e2e.shell import WRONG_INPUT, Shell
 from tests.fakes import make_home
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 EXAMPLE = TEMPLATES / "data" / "tidemark-support.jsonl"
-OUR_FAULT, WRONG_INPUT = 1, 2
+OUR_FAULT = 1
 LOOK_SECONDS = 0.3
-
-
-class Shell:
-    """Runs `studio` on one home folder.
-
-    Args:
-        home: The folder.
-        forks: What runs the commands; without it each starts from nothing.
-    """
-
-    def __init__(self, home: Path, forks: Forks | None = None) -> None:
-        self.home = home
-        self._forks = forks
-
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run one command."""
-        arguments = (*arguments, "--home", str(self.home))
-        if self._forks is not None:
-            return self._forks.run(*arguments)
-        command = [sys.executable, "-m", "studio", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-    def values(self, *arguments: str) -> Any:
-        """Run with --json and return what it prints; it must succeed."""
-        done = self.run(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    def refusal(self, *arguments: str) -> str:
-        """Run what must be refused and return the words."""
-        done = self.run(*arguments)
-        assert done.returncode == WRONG_INPUT, done.stderr
-        assert "Traceback" not in done.stderr
-        return done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -133,10 +133,10 @@ def test_what_does_not_exist_is_named(studio: Studio) -> None:
         chats.get(studio, 7)
 
 
-def test_a_run_without_adapter_can_be_neither_merged_nor_talked_to(studio: Studio) -> None:
+def test_a_run_that_learned_nothing_can_be_neither_merged_nor_talked_to(studio: Studio) -> None:
     row = runs.submit(studio, spec(studio))
     for verb in (artifacts.merge, chats.open_chat):
-        with pytest.raises(ConflictError, match=f"Run {row.id} is QUEUED and has no adapter"):
+        with pytest.raises(ConflictError, match=f"Run {row.id} is QUEUED and has learned nothing"):
             verb(studio, row.id)
 
 
