@@ -79,10 +79,11 @@ def _table(budget: Budget) -> str:
     if budget.moment != "loss":
         worst = f"in the backward pass of {budget.moment}"
     return (
+        "<details><summary>Part by part</summary>"
         '<div class="scroll"><table class="findings"><thead><tr><th scope="col">Part</th>'
         '<th scope="col">Memory</th><th scope="col">Share</th></tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
-        f"<p>{escape(f'Predicted for the moment that holds most: {worst}; {budget.plan}.')}</p>"
+        f"<p>{escape(f'Predicted for the moment that holds most: {worst}; {budget.plan}.')}</p></details>"
     )
 
 

@@ -58,13 +58,13 @@ def build(studio: Studio) -> TrainTab:
         with gr.Column(scale=2, min_width=320):
             card = gr.HTML(elem_id="preset-card")
             total = gr.HTML(elem_id="train-total")
-            with gr.Accordion("What is trained, layer by layer", open=False):
-                tree = gr.HTML(elem_id="train-targets")
             budget = gr.HTML(elem_id="train-budget")
             count = gr.Button("Count tokens and steps", size="sm", elem_id="train-count")
             epoch = gr.HTML(elem_id="train-epoch")
             trouble = gr.HTML(elem_id="train-trouble")
             launch = gr.Button("Launch", variant="primary", elem_id="train-launch")
+            with gr.Accordion("What is trained, layer by layer", open=False):
+                tree = gr.HTML(elem_id="train-targets")
             yaml, apply, load, download = _yaml_box()
             _kernels_box()
     launched = gr.State(0)
