@@ -24,7 +24,7 @@ from torch.nn import functional
 from studio.domain.kernels import Kernel, Kernels
 from studio.domain.proof import Proof
 from studio.errors import EngineError
-from workers.engine import self_tests
+from workers.engine import kernel_speed, self_tests
 
 _ONLY_CUDA = "used on CUDA GPUs only; the plain form runs here"
 _TITLES = {
@@ -47,10 +47,10 @@ def preflight(device: torch.device) -> Kernels:
     start = time.monotonic()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     tries: dict[str, Callable[[torch.device, torch.dtype], float]] = {
-        "delta_rule": _try_delta_rule,
-        "convolution": _try_convolution,
-        "attention": _try_attention,
-        "grouped_matmul": _try_grouped_matmul,
+        "delta_rule": lambda *where: self_tests.delta_rule_error(_delta_rule(), *where),
+        "convolution": lambda *where: self_tests.convolution_error(_convolution(), *where),
+        "attention": lambda *where: self_tests.attention_error(_attention(), *where),
+        "grouped_matmul": lambda *where: self_tests.grouped_matmul_error(_grouped_matmul(), *where),
         "nf4": _try_nf4,
     }
     on_cpu = ("grouped_matmul", "nf4")
@@ -96,6 +96,29 @@ def refuse_unfit(kernels: Kernels, *, has_delta_net: bool, accept_slow: bool) ->
             "kernels in the Training section.",
             "train.accept_slow_kernels",
         )
+
+
+def measure(device: torch.device) -> Kernels:
+    """Try all kernels, and time those that work against the plain form; a minute on a new card.
+
+    On a CPU nothing is timed: what runs there is the plain form.
+    """
+    found = preflight(device)
+    if device.type != "cuda":
+        return found
+    speeds: dict[str, Callable[[], float]] = {
+        "delta_rule": lambda: kernel_speed.delta_rule_speed(_delta_rule(), device),
+        "convolution": lambda: kernel_speed.convolution_speed(_convolution(), device),
+        "attention": lambda: kernel_speed.attention_speed(_attention(), device),
+        "grouped_matmul": lambda: kernel_speed.grouped_matmul_speed(_grouped_matmul(), device),
+    }
+    timed = [
+        kernel.model_copy(update={"ratio": speeds[kernel.name]()})
+        if kernel.works and kernel.name in speeds
+        else kernel
+        for kernel in found.kernels
+    ]
+    return found.model_copy(update={"kernels": tuple(timed)})
 
 
 def prove_kernels(kernels: Kernels) -> Proof:
@@ -193,12 +216,13 @@ def _fla_backward() -> ModuleType | None:
     return importlib.import_module("fla.ops.common.chunk_o")
 
 
-def _try_delta_rule(device: torch.device, dtype: torch.dtype) -> float:
+def _delta_rule() -> Callable[..., Any]:
     module: Any = importlib.import_module("fla.ops.gated_delta_rule")
-    return self_tests.delta_rule_error(module.chunk_gated_delta_rule, device, dtype)
+    rule: Callable[..., Any] = module.chunk_gated_delta_rule
+    return rule
 
 
-def _try_convolution(device: torch.device, dtype: torch.dtype) -> float:
+def _convolution() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     module: Any = importlib.import_module("fla.modules.causal_conv1d")
 
     def convolve(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -207,10 +231,10 @@ def _try_convolution(device: torch.device, dtype: torch.dtype) -> float:
         )[0]
         return found
 
-    return self_tests.convolution_error(convolve, device, dtype)
+    return convolve
 
 
-def _try_attention(device: torch.device, dtype: torch.dtype) -> float:
+def _attention() -> Callable[..., torch.Tensor]:
     module: Any = importlib.import_module("torch.nn.attention.varlen")
     # Causal is a flag up to torch 2.11 and a window since.
     is_flag = "is_causal" in inspect.signature(module.varlen_attn).parameters
@@ -224,14 +248,11 @@ def _try_attention(device: torch.device, dtype: torch.dtype) -> float:
         found: torch.Tensor = module.varlen_attn(q, k, v, ends, ends, longest, longest, **causal)
         return found
 
-    return self_tests.attention_error(attend, device, dtype)
+    return attend
 
 
-def _try_grouped_matmul(device: torch.device, dtype: torch.dtype) -> float:
-    def multiply(x: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        return functional.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
-
-    return self_tests.grouped_matmul_error(multiply, device, dtype)
+def _grouped_matmul() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    return lambda x, weight, ends: functional.grouped_mm(x, weight.transpose(-2, -1), offs=ends)
 
 
 def _try_nf4(device: torch.device, dtype: torch.dtype) -> float:
@@ -261,4 +282,4 @@ def _version(package: str) -> str | None:
 
 if __name__ == "__main__":
     best = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sys.stdout.write(preflight(best).model_dump_json() + "\n")
+    sys.stdout.write(measure(best).model_dump_json() + "\n")

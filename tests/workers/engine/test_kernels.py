@@ -12,7 +12,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 from studio.domain.kernels import Kernel, Kernels
 from studio.errors import EngineError
-from workers.engine import self_tests
+from workers.engine import kernel_speed, self_tests
 from workers.engine.kernels import preflight, prove_kernels, refuse_unfit
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -155,3 +155,19 @@ def test_a_slow_replacement_on_a_gpu_is_refused_unless_it_is_accepted() -> None:
     assert caught.value.field == "train.accept_slow_kernels"
     refuse_unfit(kernels, has_delta_net=True, accept_slow=True)
     refuse_unfit(kernels, has_delta_net=False, accept_slow=False)
+
+
+def test_the_speed_of_every_kernel_can_be_compared_with_the_plain_form() -> None:
+    # What is timed here are two plain forms; that a ratio comes out is all that a CPU can show.
+    def chunked(q: Any, k: Any, v: Any, **more: Any) -> Any:
+        return CHUNKED(q, k, v, **more)
+
+    found = [
+        kernel_speed.delta_rule_speed(chunked, CPU, 64),
+        kernel_speed.convolution_speed(convolve, CPU, 64),
+        kernel_speed.attention_speed(attend, CPU, 64),
+        kernel_speed.grouped_matmul_speed(
+            lambda x, w, ends: functional.grouped_mm(x, w.transpose(-2, -1), offs=ends), CPU, 64
+        ),
+    ]
+    assert all(ratio > 0 for ratio in found)
