@@ -18,6 +18,7 @@ from benchmarks.gpu import (
     kernels,
     layer,
     nf4,
+    plan,
     run_all,
     slim_wheel,
     stock,
@@ -98,6 +99,25 @@ def test_a_whole_model_is_trained_as_the_spec_says(tmp_path: Path) -> None:
     assert more["executed_flop"] > more["model_flop"] > 0
     assert row["trained"] > 0
     assert row["budget_gib"] > 0
+
+
+def test_a_whole_model_that_runs_out_of_memory_is_tried_with_more_layers_recomputed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tried = whole.measure, list[int]()
+
+    def small_card(run: plan.Run) -> None:
+        tried.append(len(run.budget.recomputed))
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("no room")
+        real(run)
+
+    monkeypatch.setattr(whole, "measure", small_card)
+    options = ["--model", "80b", "--device", "cpu", "--tiny", "--out", str(tmp_path)]
+    assert whole.main(options) == 0
+    assert tried == [0, 2, 4]
+    row = next(row for row in rows_of(tmp_path, "whole") if "step_s" in row)
+    assert (row["recomputed"], row["more"][0]["retries"]) == (4, 2)
 
 
 def test_the_stock_way_runs_on_the_same_model_or_says_what_is_missing(tmp_path: Path) -> None:
@@ -298,7 +318,7 @@ def test_all_goes_on_behind_a_failure_and_does_not_repeat_what_is_done(tmp_path:
 def test_all_knows_every_option_of_what_it_starts() -> None:
     for part in run_all.PARTS:
         if part.module in ("whole", "stock"):
-            whole.options().parse_args(part.options)
+            plan.options(None).parse_args(part.options)
     assert len({part.name for part in run_all.PARTS}) == len(run_all.PARTS)
 
 

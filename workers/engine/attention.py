@@ -23,6 +23,8 @@ PER_DOCUMENT, VARLEN = "studio_per_document", "studio_varlen"
 # torch's varlen attention is FlashAttention 2.
 _VARLEN_DTYPES, _VARLEN_HEAD_DIM = (torch.float16, torch.bfloat16), 256
 
+_SAME_SCALE = 1e-6
+
 
 def fits_varlen(model: PreTrainedModel) -> bool:
     """Return whether torch's varlen attention takes the dtype and the head size of a model."""
@@ -84,8 +86,10 @@ def _varlen_attention(
     if not has_groups:
         times = q_THK.shape[1] // k_THK.shape[1]
         k_THK, v_THK = (each.repeat_interleave(times, dim=1) for each in (k_THK, v_THK))
-    # The function scales by K ** -0.5 itself, in every version.
-    q_THK = q_THK * (options["scaling"] * q_THK.shape[-1] ** 0.5)
+    # The function scales by K ** -0.5 itself, in every version, and so do all these models.
+    further = options["scaling"] * q_THK.shape[-1] ** 0.5
+    if abs(further - 1) > _SAME_SCALE:
+        q_THK = q_THK * further
     ends, longest = cu_seq_lens_q, max_length_q
     found_THK = attend(q_THK, k_THK, v_THK, ends, ends, longest, longest, **settings)
     return found_THK[None], None
