@@ -6,7 +6,7 @@ Not covered: 8 bits, FP4, experts of other layouts than (experts, out, in).
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from bitsandbytes.functional import QuantState, dequantize_4bit, quantize_4bit, quantize_blockwise
@@ -91,6 +91,7 @@ def quantise_experts(
             part.contiguous(), blocksize=_BLOCK, quant_type="nf4", quant_storage=storage
         )
         if count == 0:
+            refuse_ragged_rows("the routed experts", shape, part.device)
             packed = values.new_empty(experts * per_expert, 1)
             constants = state.absmax.new_empty(experts * size // _BLOCK)
             code, dtype = state.code, part.dtype
@@ -112,6 +113,24 @@ def quantise_experts(
         state2=second,
     )
     return packed_parameter(packed, whole)
+
+
+def refuse_ragged_rows(name: str, shape: Sequence[int], device: torch.device) -> None:
+    """Refuse what bitsandbytes 0.50 brings back from 4 bits wrongly, on a CPU and without a word.
+
+    Rows that are no multiple of a block: measured, 96 columns come back with a relative error of
+    0.27 where NF4 has 0.09.
+
+    Raises:
+        EngineError: Always on a CPU for such rows.
+    """
+    if device.type == "cpu" and shape[-1] % _BLOCK:
+        raise EngineError(
+            f"Rows of {shape[-1]} weights, as {name} has, cannot be held in 4 bits on a CPU: "
+            f"bitsandbytes restores them wrongly there unless they are a multiple of {_BLOCK}.",
+            "Choose method lora, or train on a GPU.",
+            "method",
+        )
 
 
 def four_bit_tensors(model: nn.Module) -> Iterable[tuple[str, Params4bit]]:
