@@ -154,6 +154,11 @@ class Certificate(Section):
         return sum(p.effect_kl * p.num_tokens for p in self.prompts) / self._num_positions
 
     @property
+    def max_kl(self) -> float:
+        """Divergence from which on the merge fails, in nats."""
+        return max(MAX_MEAN_KL, MAX_KL_OF_EFFECT * self.effect_kl)
+
+    @property
     def _num_positions(self) -> int:
         return sum(prompt.num_tokens for prompt in self.prompts)
 
@@ -174,11 +179,10 @@ class Certificate(Section):
             found.append(f"Not finite: {_some(self.not_finite)}.")
         if self.miswritten_tensors:
             found.append(f"Not what the run wrote: {_some(self.miswritten_tensors)}.")
-        limit = max(MAX_MEAN_KL, MAX_KL_OF_EFFECT * self.effect_kl)
-        if self.mean_kl > limit:
+        if self.mean_kl > self.max_kl:
             found.append(
                 f"The merge answers differently from base and Adapter: {self.mean_kl:.4f} nats a "
-                f"token, at most {limit:.4g} is rounding (the fine-tune itself makes "
+                f"token, at most {self.max_kl:.4g} is rounding (the fine-tune itself makes "
                 f"{self.effect_kl:.4f})."
             )
         return tuple(found)

@@ -127,8 +127,8 @@ def check_targets(studio: Studio, spec: JobSpec) -> None:
 
     Raises:
         InputError: The preset waits for a part of the studio, the model is none that can be
-            trained, a target matches nothing, the choice of LoRA does not go together, or the
-            examples are longer than the model reads.
+            trained, a target matches nothing, the choice of LoRA does not go together, the
+            examples are longer than the model reads, or early stopping has nothing to go by.
     """
     preset = studio.presets.get(spec.preset)
     if preset is not None and preset.not_yet:
@@ -136,6 +136,12 @@ def check_targets(studio: Studio, spec: JobSpec) -> None:
             f"The preset {preset.name} cannot be launched yet: {preset.not_yet}.",
             f"Take the preset {preset.instead}, which trains the same model.",
             field="preset",
+        )
+    if spec.eval.patience is not None and not (spec.data.eval_share or spec.data.eval_dataset):
+        raise InputError(
+            f"Early stopping after {spec.eval.patience} evaluations needs examples to evaluate.",
+            "Set the evaluation share or choose an evaluation dataset, or empty early stopping.",
+            field="eval.patience",
         )
     config = config_of(studio, spec.model.id, spec.model.revision)
     if config is None:

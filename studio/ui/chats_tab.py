@@ -14,7 +14,7 @@ from studio.errors import InputError, NotFoundError, StudioError
 from studio.services import artifacts, chats, runs
 from studio.services.chats import Sampling, Side
 from studio.services.studio import Studio
-from studio.store.rows import ChatRow
+from studio.store.rows import ChatRow, RunRow
 from studio.ui import show
 from studio.ui.edge import shown
 
@@ -42,11 +42,15 @@ def choices(studio: Studio) -> list[tuple[str, str]]:
         for row in artifacts.finished(studio)
     ]
     adapters = [
-        (f"adapter of run {row.id} · {row.name}", f"run:{row.id}")
+        (f"{_kind(row)} of run {row.id} · {row.name}", f"run:{row.id}")
         for row in runs.listing(studio)
         if artifacts.has_result(studio, row)
     ]
     return merged + adapters
+
+
+def _kind(row: RunRow) -> str:
+    return "model" if (row.result or {}).get("method") == "full" else "adapter"
 
 
 def note_for(studio: Studio, key: str | None) -> str:

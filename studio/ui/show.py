@@ -129,6 +129,10 @@ def run_head(row: RunRow, done: Progress) -> str:
 
 
 def _state_words(row: RunRow) -> str:
+    kept = (row.result or {}).get("kept_step", row.step)
+    if row.state == RunState.FINISHED and kept != row.step:
+        early = "" if row.step == row.total_steps else " early"
+        return f"finished{early}; what is kept is step {kept}, the best evaluation"
     return {
         RunState.QUEUED: "waiting for a worker",
         RunState.RUNNING: "starting",
@@ -178,17 +182,22 @@ def certificate(found: Certificate) -> str:
     kind, word = ("good", "PASSED") if found.passed else ("bad", "FAILED")
     changed = f"{len(found.changed_tensors)} of {len(found.targeted_tensors)}"
     verdict = _VERDICTS[found.kind] if found.passed else " ".join(found.failures)
+    is_full = found.kind == "full"
+    tuned = "trained model" if is_full else "adapter"
     cells = [
         ("targeted tensors changed", changed),
         ("other tensors changed", str(len(found.unexpected_tensors))),
-        ("of the change carried, worst tensor", _worst(found.delta_kept)),
-        ("of the change fit into 16 bits, worst tensor", _worst(found.delta_held)),
-        ("nats between adapter and merge", f"{found.mean_kl:.2g}"),
-        ("nats between base and adapter", f"{found.effect_kl:.2g}"),
-        ("same first choice of token", f"{found.top1_agreement:.1%}"),
-        ("largest logit difference", f"{found.max_logit_difference:.3g}"),
+        (f"nats between {tuned} and merge, at most {found.max_kl:.2g}", f"{found.mean_kl:.2g}"),
+        (f"nats between base and {tuned}", f"{found.effect_kl:.2g}"),
+        ("same first choice of token (informs)", f"{found.top1_agreement:.1%}"),
+        ("largest logit difference (informs)", f"{found.max_logit_difference:.3g}"),
         ("weights in", found.dtype),
     ]
+    if not is_full:
+        cells[2:2] = [
+            ("of the change carried, worst tensor", _worst(found.delta_kept)),
+            ("of the change fit into 16 bits, worst tensor", _worst(found.delta_held)),
+        ]
     if found.relative_change:
         largest = max(found.relative_change.values())
         cells.insert(2, ("largest change of a tensor, by its size", f"{largest:.2g}"))
@@ -200,14 +209,23 @@ def certificate(found: Certificate) -> str:
         f"<td>{p.max_logit_difference:.3g}</td><td>{p.top1_agreement:.1%}</td></tr>"
         for p in found.prompts
     )
+    still = ""
+    if is_full and found.missing_tensors:
+        still = (
+            f"<details><summary>{len(found.missing_tensors)} tensors stayed as they were: what "
+            f"training changed of them is less than {escape(found.dtype)} can tell</summary><pre>"
+            f"{escape(chr(10).join(found.missing_tensors))}</pre></details>"
+        )
     files = "\n".join(f"{sha[:16]}  {name}" for name, sha in sorted(found.files.items()))
     return (
         f'<div class="seal {kind}"><i>{word}</i><span>{escape(verdict)}</span></div>'
         + facts(cells)
-        + '<details><summary>Adapter against merge, prompt by prompt</summary><div class="scroll">'
+        + f"<details><summary>{tuned.capitalize()} against merge, prompt by prompt</summary>"
+        "<p>In a mixture of experts rounding sends some tokens to other experts; so first choices "
+        'and logits inform, and the nats decide.</p><div class="scroll">'
         '<table class="findings"><tr><th>prompt</th><th>tokens</th><th>KL to merge</th>'
         "<th>KL to base</th><th>largest logit difference</th><th>same first choice</th></tr>"
-        f"{prompts}</table></div></details>"
+        f"{prompts}</table></div></details>{still}"
         f"<details><summary>Changed tensors ({len(found.changed_tensors)})</summary>"
         f"<pre>{escape(chr(10).join(found.changed_tensors))}</pre></details>"
         f"<details><summary>Files and their hashes</summary><pre>{escape(files)}</pre></details>"

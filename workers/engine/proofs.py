@@ -129,16 +129,28 @@ def prove_all_train(model: PreTrainedModel) -> Proof:
     return Proof(name="targets", passed=not frozen, summary=summary, details=details)
 
 
-def prove_loss(losses: Sequence[float], eval_losses: Sequence[float] = ()) -> Proof:
+def prove_loss(
+    losses: Sequence[float],
+    evaluations: Sequence[tuple[int, float]] = (),
+    *,
+    kept_step: int | None = None,
+) -> Proof:
     """Compare the mean loss of the first and the last tenth of the steps.
 
     Args:
         losses: Of each step.
-        eval_losses: On what was never trained on, the first one before any step; it informs.
+        evaluations: Step and loss on what was never trained on, the first one before any step; it
+            informs.
+        kept_step: Whose weights were kept where that is not the last one: later ones are left out.
     """
+    taken = len(losses)
+    if kept_step is not None:
+        losses = losses[:kept_step]
+        evaluations = [found for found in evaluations if found[0] <= kept_step]
+    eval_losses = [loss for _, loss in evaluations]
     tenth = max(1, len(losses) // 10)
     first, last = fmean(losses[:tenth]), fmean(losses[-tenth:])
-    details = {"first_tenth": first, "last_tenth": last, "steps": len(losses)}
+    details: dict[str, float] = {"first_tenth": first, "last_tenth": last, "steps": len(losses)}
     unseen = ""
     if len(eval_losses) > 1:
         details |= {"eval_first": eval_losses[0], "eval_last": eval_losses[-1]}
@@ -146,6 +158,9 @@ def prove_loss(losses: Sequence[float], eval_losses: Sequence[float] = ()) -> Pr
             f" On what it was not trained on it went from {eval_losses[0]:.3f} to "
             f"{eval_losses[-1]:.3f}."
         )
+    if kept_step is not None:
+        details |= {"kept_step": kept_step, "steps_taken": taken}
+        unseen += f" What is kept is step {kept_step}, the best evaluation of {taken} steps taken."
     if len(losses) < MIN_STEPS:
         summary = f"{len(losses)} steps are too few to tell whether the loss falls.{unseen}"
         return Proof(name="loss", passed=None, summary=summary, details=details)

@@ -96,6 +96,7 @@ class Reporter:
         *,
         step: int,
         total_steps: int,
+        kept_step: int,
         trainable_parameters: int,
         method: str,
     ) -> None:
@@ -106,6 +107,7 @@ class Reporter:
             "state": state,
             "step": step,
             "total_steps": total_steps,
+            "kept_step": kept_step,
             "seconds": time.monotonic() - self._start,
             "peak_memory_bytes": peak_memory_bytes(),
             "trainable_parameters": trainable_parameters,

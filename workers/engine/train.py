@@ -205,22 +205,31 @@ def stop(training: Training) -> None:
     done, total_steps = progress.step, training.order.total_steps
     is_over = done == total_steps or is_hopeless(progress.evaluations, spec.eval.patience)
     save(training)
-    if is_over and spec.eval.patience is not None and training.best:
-        training.report.stage("going back to the best evaluation", f"step {training.best}")
-        load_weights(training.folder.checkpoint(training.best), training.model, world)
+    kept = _kept_step(training) if is_over else None
+    if kept is not None:
+        training.report.stage("going back to the best evaluation", f"step {kept}")
+        load_weights(training.folder.checkpoint(kept), training.model, world)
     _save_result(training)
-    losses = [loss for _, loss in progress.evaluations]
-    training.proofs.append(prove_loss(progress.losses, losses))
+    training.proofs.append(prove_loss(progress.losses, progress.evaluations, kept_step=kept))
     training.proofs.append(prove_throughput(training.seconds, training.tokens))
     training.report.proofs(training.proofs)
     training.report.result(
         "FINISHED" if is_over else "STOPPED",
         step=done,
         total_steps=total_steps,
+        kept_step=done if kept is None else kept,
         method=spec.method,
         trainable_parameters=sum(p.numel() for p in training.model.parameters() if p.requires_grad),
     )
     training.report.stage("finished" if is_over else "stopped", f"step {done}")
+
+
+def _kept_step(training: Training) -> int | None:
+    """Return the step of the best evaluation where it is kept and is not the last step."""
+    best = training.best
+    if training.spec.eval.patience is None or best in (None, training.progress.step):
+        return None
+    return best
 
 
 def _save_result(training: Training) -> None:
@@ -250,6 +259,7 @@ def _refuse_not_finite(
         return
     what = f"loss is {sum(losses)}" if wrong else f"gradient norm is {norm}"
     held = "micro-batches whose loss is not finite" if wrong else "step"
+    _refuse_damaged_base(training)
     suspects = [micro_batches[number] for number in wrong] or micro_batches
     places = sorted({training.examples.place_of(i) for i in chain.from_iterable(suspects)})
     lines = ", ".join(training.examples.name_of(place) for place in places)
@@ -259,6 +269,18 @@ def _refuse_not_finite(
         "Lower the learning rate; if it happens at step 1, look at those lines.",
         "optim.learning_rate",
     )
+
+
+def _refuse_damaged_base(training: Training) -> None:
+    """Say so where no data and no rate is to blame: weights that were no numbers from the start."""
+    for name, parameter in training.model.named_parameters():
+        is_base = not parameter.requires_grad and parameter.is_floating_point()
+        if is_base and not torch.isfinite(parameter).all():
+            raise EngineError(
+                f"The base weights hold values that are no numbers, the first in {name}.",
+                "Compare the files with the published ones; a download may be damaged.",
+                "model.id",
+            )
 
 
 @contextmanager

@@ -134,3 +134,11 @@ def test_every_preset_that_can_be_launched_passes(studio: Studio) -> None:
     for preset in studio.presets.values():
         if not preset.not_yet:
             models.check_targets(studio, preset.job_spec())
+
+
+def test_early_stopping_without_anything_to_evaluate_is_refused(studio: Studio) -> None:
+    changes = {"model": {"id": "tiny/qwen3.5"}, "eval": {"patience": 2}}
+    with pytest.raises(InputError, match="Early stopping after 2 evaluations needs") as caught:
+        models.check_targets(studio, parse_spec(changes))
+    assert caught.value.field == "eval.patience"
+    models.check_targets(studio, parse_spec(changes | {"data": {"eval_share": 0.1}}))

@@ -173,6 +173,23 @@ def test_experts_without_a_token_are_counted_and_not_failed(bases: dict[str, Pat
     assert proof.details["experts_that_did_not_learn"] == {"0": 2, "1": 0}
 
 
+def test_an_update_larger_than_the_base_is_no_success(bases: dict[str, Path]) -> None:
+    lora = LoraSpec(rank=4, targets=(TargetGroup.ATTENTION,))
+    model = add_adapter(load_base(bases["qwen3_moe"], method="lora"), lora)
+    fill(model)
+    factors = [p for name, p in model.named_parameters() if "lora_B" in name]
+    with torch.no_grad():
+        for factor in factors:
+            factor.mul_(0.1)
+    assert prove_learned(model, lora).passed is True
+    with torch.no_grad():
+        for factor in factors:
+            factor.mul_(1e3)
+    proof = prove_learned(model, lora)
+    assert proof.passed is False
+    assert proof.summary.endswith("In attention it is larger than the base itself: that is lost.")
+
+
 def test_learned_fails_on_what_is_not_finite(bases: dict[str, Path]) -> None:
     lora = LoraSpec(rank=4, targets=(TargetGroup.ROUTED_EXPERTS,))
     model = add_adapter(load_base(bases["qwen3_moe"], method="lora"), lora)

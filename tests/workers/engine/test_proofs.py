@@ -79,6 +79,19 @@ def test_loss_compares_first_and_last_tenth() -> None:
     assert prove_loss(falling[::-1]).passed is False
     assert prove_loss(falling).details["first_tenth"] == pytest.approx(9.8)
     assert prove_loss([3.0, 1.0]).passed is None
-    unseen = prove_loss(falling, [9.0, 8.0, 8.5])
+    evaluations = [(0, 9.0), (25, 8.0), (50, 8.5)]
+    unseen = prove_loss(falling, evaluations)
     assert unseen.summary.endswith("On what it was not trained on it went from 9.000 to 8.500.")
     assert unseen.passed is True
+
+
+def test_loss_speaks_of_the_weights_that_were_kept() -> None:
+    diverging = [10.0 - step / 10 for step in range(25)] + [50.0] * 25
+    evaluations = [(0, 9.0), (25, 8.0), (50, 48.5)]
+    kept = prove_loss(diverging, evaluations, kept_step=25)
+    assert kept.passed is True
+    assert kept.summary.endswith(
+        "it went from 9.000 to 8.000. What is kept is step 25, the best evaluation of 50 steps "
+        "taken."
+    )
+    assert prove_loss(diverging, evaluations).passed is False

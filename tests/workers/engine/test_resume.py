@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from studio.disk import RunFolder
 from tests.workers.engine.conftest import FAMILIES, MakeRun
-from tests.workers.engine.test_train import losses, records
+from tests.workers.engine.test_train import losses, proofs, records
 from workers.engine.build import Training, build
 from workers.engine.train import StopWish, loop, stop, train
 
@@ -35,6 +37,10 @@ def train_until(run: RunFolder, step: int) -> None:
 
 def adapter(run: RunFolder) -> bytes:
     return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def first_shard(run: RunFolder, step: int) -> str:
+    return min(path.name for path in (run.checkpoint(step) / "tensors").glob("*.safetensors"))
 
 
 # Dropout, noise, packing, 8-bit state and every kind of layer: all that has a memory.
@@ -120,9 +126,19 @@ def test_a_run_that_gets_worse_ends_early_with_its_best_adapter(
 
     result = json.loads(run.result.read_text())
     found = [(r.step, r.values["eval_loss"]) for r in records(run) if "eval_loss" in r.values]
-    best = min(found, key=lambda item: item[1])[0]
+    best_or_base = min(found, key=lambda item: item[1])[0]
+    best = min(found[1:], key=lambda item: item[1])[0]
     assert result["state"] == "FINISHED"
-    assert result["step"] == best + 2 < 12
+    assert result["step"] == best_or_base + 2 < 12
+    assert result["kept_step"] == best < result["step"]
+    loss = proofs(run)["loss"]
+    assert loss.details["kept_step"] == best
+    # The adapter on disk is that of the best step, not of the last one.
+    stored = load_file(run.checkpoint(best) / "tensors" / first_shard(run, best))
+    name = next(key for key in stored if key.startswith("model|"))
+    saved = load_file(run.adapter / "adapter_model.safetensors")
+    parameter = name.removeprefix("model|").replace(".default", "")
+    assert torch.equal(saved[parameter], stored[name])
 
 
 def test_sample_prompts_are_asked_before_training_and_at_each_evaluation(

@@ -194,21 +194,37 @@ def weights(training: Training) -> list[torch.Tensor]:
     return [p.detach().clone() for p in training.model.parameters() if p.requires_grad]
 
 
-def test_a_loss_that_is_no_number_stops_before_the_weights_change(
-    make_run: MakeRun, bases: dict[str, Path], tmp_path: Path
+def test_a_loss_that_is_no_number_names_its_conversations_before_the_weights_change(
+    make_run: MakeRun,
 ) -> None:
-    base = broken_base(bases["qwen3.5"], tmp_path / "nan", "lm_head.weight")
-    training = build(make_run(model={"id": str(base)}))
+    training = build(make_run())
     before = weights(training)
-    chosen = (7, 2, 5)
-    numbers = sorted(training.examples[index].line + 1 for index in chosen)
+    poisoned = torch.from_numpy(training.examples[5].tokens.astype(int))
+
+    def poison(_module: Any, inputs: Any, embedded: torch.Tensor) -> torch.Tensor:
+        rows = inputs[0][:, : len(poisoned)]
+        hit = rows.shape[1] == len(poisoned) and (rows == poisoned).all(1).any()
+        return embedded * torch.nan if hit else embedded
+
+    embeddings: Any = training.model.get_input_embeddings()
+    embeddings.register_forward_hook(poison)
+    numbers = sorted(training.examples[index].line + 1 for index in (2, 5))
     lines = ", ".join(str(number) for number in numbers)
     with pytest.raises(EngineError) as caught:
-        step(training, [chosen])
+        step(training, [[7], [2, 5], [0]])
     assert "The loss is nan at step 1" in caught.value.message
     assert f"not finite held these lines of the dataset: {lines}." in caught.value.message
     assert all(torch.equal(a, b) for a, b in zip(before, weights(training), strict=True))
     assert not training.folder.metrics.exists()
+
+
+def test_a_base_with_values_that_are_no_numbers_is_blamed_itself(
+    make_run: MakeRun, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    base = broken_base(bases["qwen3.5"], tmp_path / "nan", "lm_head.weight")
+    with pytest.raises(EngineError, match=r"no numbers, the first in .*lm_head\.weight") as caught:
+        train(make_run(model={"id": str(base)}))
+    assert caught.value.field == "model.id"
 
 
 def test_a_gradient_that_is_no_number_stops_too(make_run: MakeRun) -> None:
