@@ -17,7 +17,7 @@ from studio.dataset_commands import dataset_app
 from studio.demo import run_demo
 from studio.doctor import examine
 from studio.domain.spec import JobSpec
-from studio.errors import InputError, MachineError, StudioError
+from studio.errors import ConflictError, InputError, MachineError, NotFoundError, StudioError
 from studio.model_commands import model_app
 from studio.options import OUR_ERROR, USER_ERROR, HomeOption, JsonOption, settings_of, studio_of
 from studio.serve import check_port, serve_page
@@ -34,6 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _WORKS = {True: "yes", False: "NO", None: "not tried"}
+# Failures of a process that the user can mend; an EngineError is one where it names a field.
+_OF_THE_USER = tuple(
+    kind.__name__ for kind in (InputError, NotFoundError, ConflictError, MachineError)
+)
 app.add_typer(dataset_app, name="dataset")
 app.add_typer(model_app, name="model")
 app.command("budget")(budget)
@@ -150,6 +154,8 @@ def _follow(studio: Studio, row: RunRow, *, wait: bool, as_json: bool) -> None:
 def _read_spec(studio: Studio, path: Path) -> JobSpec:
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.", "Give the path of a YAML file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"The spec {path} cannot be read: {error}.", "Give the path of a YAML file."
@@ -161,7 +167,8 @@ def _exit_if_failed(row: Any) -> None:
     failure = terminal.failure_of(row)
     if failure is not None:
         err.print(" ".join(failure).strip(), markup=False)
-        by_user = (row.error or {}).get("type") in ("InputError", "NotFoundError", "MachineError")
+        words = row.error or {}
+        by_user = bool(words.get("field")) or words.get("type") in _OF_THE_USER
         raise typer.Exit(USER_ERROR if by_user else OUR_ERROR)
 
 

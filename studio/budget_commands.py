@@ -22,7 +22,7 @@ def budget(
     ],
     card: Annotated[
         float | None,
-        typer.Option(help="Memory of a card in GiB; by default this machine's.", min=1),
+        typer.Option(help="Memory of a card in GiB, 1 to 10,000; by default this machine's."),
     ] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -37,6 +37,8 @@ def budget(
             "Give the path of its folder, or download its config.json first.",
             field="model.id",
         )
+    if card is not None and found.card is None:
+        err.print("--card is ignored: this run is on the CPU.", markup=False)
     if as_json:
         say_json(found.to_values())
     else:
@@ -51,6 +53,8 @@ def _spec_of(studio: Studio, what: str) -> JobSpec:
         return runs.spec_from_preset(studio, what, {})
     try:
         text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.", "Give the path of a YAML file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"The spec {path} cannot be read: {error}.", "Give the path of a YAML file."
@@ -63,11 +67,14 @@ def _show(found: budgets.Estimate) -> None:
     rows = []
     for part in found.budget.parts:
         share = part.num_bytes / max(1, total)
-        bar = "#" * max(1, round(_BAR_WIDTH * share))
-        rows.append((part.title, f"{part.num_bytes / 2**30:.2f}", f"{share:.0%}", bar))
+        percent = f"{share:.0%}"
+        bar = "" if percent == "0%" else "#" * max(1, round(_BAR_WIDTH * share))
+        rows.append((part.title, f"{part.num_bytes / 2**30:.2f}", percent, bar))
     rows.append(("Total", f"{total / 2**30:.2f}", "", ""))
     terminal.show_table(("part", "GiB", "share", ""), rows)
     out.print(budgets.verdict(found), markup=False)
+    if found.card is not None:
+        out.print(f"Compared with {found.card.title}.", markup=False)
     for words in (found.reason, found.hint):
         if words:
             (err if found.problem else out).print(words, markup=False)

@@ -72,7 +72,7 @@ class RunFolder:
 
     @property
     def error(self) -> Path:
-        """Why the run failed: {"type", "message", "hint"}."""
+        """Why the run failed: {"type", "message", "hint", "field"}."""
         return self.path / "error.json"
 
     @property
@@ -138,7 +138,7 @@ class OrderFolder:
 
     @property
     def error(self) -> Path:
-        """Why it failed: {"type", "message", "hint"}."""
+        """Why it failed: {"type", "message", "hint", "field"}."""
         return self.path / "error.json"
 
     @property

@@ -97,16 +97,7 @@ def targets(
     out.print(f"{model}: {found.family}, {found.num_layers} layers", markup=False)
     terminal.show_table(
         ("group", "trained", "parameters", "adapter MiB", "if all"),
-        [_row(branch) for branch in found.groups]
-        + [
-            (
-                "all",
-                found.selected_modules,
-                found.selected_parameters,
-                _mib(found.adapter_bytes),
-                "",
-            )
-        ],
+        [*(_row(branch) for branch in found.groups), _total(found)],
     )
     for branch in found.groups:
         if branch.note:
@@ -132,7 +123,7 @@ def _usual(config: dict[str, Any]) -> list[str]:
 
 
 def _row(branch: GroupBranch) -> tuple[str, ...]:
-    trained = f"{branch.selected_modules} of {branch.modules}"
+    trained = f"{branch.selected_modules:,} of {branch.modules:,}"
     return (
         branch.group.value,
         trained,
@@ -144,7 +135,7 @@ def _row(branch: GroupBranch) -> tuple[str, ...]:
 
 def _total(found: TargetTree) -> tuple[str, ...]:
     parameters = f"{found.selected_parameters:,}"
-    return ("all", str(found.selected_modules), parameters, _mib(found.adapter_bytes), "")
+    return ("all", f"{found.selected_modules:,}", parameters, _mib(found.adapter_bytes), "")
 
 
 def _mib(num_bytes: int) -> str:

@@ -30,7 +30,7 @@ def run_process(error_file: Path, act: Callable[[], None], *, memory_hint: str) 
     """Carry out what a process was started for; say in its error file what went wrong.
 
     Args:
-        error_file: Receives {"type", "message", "hint"} of a failure.
+        error_file: Receives {"type", "message", "hint", "field"} of a failure.
         act: What to do.
         memory_hint: What a user can do when memory is used up.
 
@@ -96,12 +96,14 @@ def out_of_memory(error: BaseException, hint: str = MEMORY_HINT) -> EngineError:
 
 def _failed(error_file: Path, error: StudioError) -> int:
     log.error("%s", error, exc_info=error)
-    _write_error(error_file, type(error).__name__, error.message, error.hint)
+    _write_error(error_file, type(error).__name__, error.message, error.hint, error.field)
     return EXIT_INPUT if isinstance(error, InputError) else 1
 
 
-def _write_error(error_file: Path, type_name: str, message: str, hint: str) -> None:
-    values = {"type": type_name, "message": message, "hint": hint}
+def _write_error(
+    error_file: Path, type_name: str, message: str, hint: str, field: str = ""
+) -> None:
+    values = {"type": type_name, "message": message, "hint": hint, "field": field}
     write_whole(error_file, json.dumps(values, indent=2))
 
 

@@ -86,7 +86,12 @@ def _guarded(here: Shop, row: _Row, work: Callable[[Shop, _Row], None]) -> None:
 
 
 def _words(error: StudioError) -> dict[str, str]:
-    return {"type": type(error).__name__, "message": error.message, "hint": error.hint}
+    return {
+        "type": type(error).__name__,
+        "message": error.message,
+        "hint": error.hint,
+        "field": error.field,
+    }
 
 
 def _is_stopping(here: Shop, row: JobRow) -> bool:

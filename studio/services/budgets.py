@@ -14,6 +14,9 @@ from studio.errors import InputError
 from studio.services.models import config_of
 from studio.services.studio import Studio
 
+# More than any card has; beyond it a number is a slip.
+MOST_CARD_GIB = 10_000
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Card:
@@ -85,8 +88,15 @@ def budget_of(studio: Studio, spec: JobSpec, card_gib: float | None = None) -> E
         None for a model whose configuration is not known yet.
 
     Raises:
-        InputError: The model cannot be trained, or the targets do not fit it.
+        InputError: The model cannot be trained, the targets do not fit it, or there is no such
+            card.
     """
+    if card_gib is not None and not 1 <= card_gib <= MOST_CARD_GIB:
+        raise InputError(
+            f"A card of {card_gib:g} GiB does not exist.",
+            f"Give its memory in GiB, from 1 to {MOST_CARD_GIB:,}.",
+            field="card",
+        )
     config = config_of(studio, spec.model.id, spec.model.revision)
     if config is None:
         return None

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from studio.disk import TEMPLATES, Home
 from tests.e2e.conftest import end_worker
@@ -146,10 +147,23 @@ def test_bad_input_is_answered_in_words(shell: Shell, tmp_path: Path) -> None:
     for content, words in cases.items():
         spec.write_text(content)
         assert words in shell.refusal("run", str(spec))
+    assert f"There is no file {tmp_path}/none.yaml." in shell.refusal(
+        "run", str(tmp_path / "none.yaml")
+    )
     assert "There is no run 99" in shell.refusal("show", "99")
     assert "There is no run 99" in shell.refusal("merge", "99")
     assert "message is empty" in shell.refusal("chat", "1", "-m", " ")
     assert "no login yet" in shell.refusal("up", "--host", "0.0.0.0")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_run_that_fails_for_want_of_a_gpu_is_no_fault_of_ours(
+    shell: Shell, tmp_path: Path
+) -> None:
+    shell.run("dataset", "add", str(EXAMPLE))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("preset: tiny-qwen3.5\ndata: {dataset: '1'}\ntrain: {num_gpus: 1}\n")
+    assert "The run asks for 1 GPU" in shell.refusal("run", str(spec), "--wait")
 
 
 def test_a_port_in_use_is_said_before_anything_starts(shell: Shell) -> None:

@@ -100,6 +100,8 @@ def test_the_table_says_what_is_trained_and_what_is_not(words: Words) -> None:
 
     assert "Qwen/Qwen3.5-9B: Qwen3.5 (dense), 32 layers" in found
     assert "32 of 32" in found
+    total = next(line for line in found.splitlines() if line.startswith("all"))
+    assert total.count(",") == 2
     assert "15,728,640" in found  # four times the 3,932,160 of rank 16
     assert "delta_net_gates: Rank 64 is more than linear_attn.in_proj_b can use" in found
     assert "Vision tower, not trained: Text only for now" in found

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.disk import Home, RunFolder
-from studio.domain.architecture import Mixer, read_architecture
+from studio.domain.architecture import read_architecture
 from studio.domain.proof import Proof
 from studio.domain.recompute_plan import Choice, choose_method
 from studio.domain.spec import JobSpec, parse_spec
@@ -29,7 +29,7 @@ from workers.engine.checkpoint_files import latest_good
 from workers.engine.coverage import expect_coverage, prove_coverage
 from workers.engine.data import Examples, RunData, read_data
 from workers.engine.full import compute_dtype, train_all
-from workers.engine.kernels import preflight, prove_kernels, refuse_unfit
+from workers.engine.kernels import needed_by, preflight, prove_kernels, refuse_unfit
 from workers.engine.leak import prove_leak
 from workers.engine.lora import add_adapter
 from workers.engine.lora_proofs import prove_targets
@@ -89,9 +89,9 @@ class Training:
 
     @property
     def best(self) -> int | None:
-        """Step of the best evaluation; None where none was made."""
-        evaluations = self.progress.evaluations
-        return min(evaluations, key=lambda found: found[1])[0] if evaluations else None
+        """Step of the best evaluation of what was trained; None where there is none."""
+        trained = [found for found in self.progress.evaluations if found[0]]
+        return min(trained, key=lambda found: found[1])[0] if trained else None
 
 
 def build(folder: RunFolder) -> Training:
@@ -117,7 +117,7 @@ def build(folder: RunFolder) -> Training:
     config = json.loads((base_folder / "config.json").read_text(encoding="utf-8"))
     _try_kernels(spec, config, proofs)
     choice = choose_method(config, spec, card_bytes(world.device))
-    log.info("%s %s; %s.", choice.method, choice.reason, choice.budget.plan)
+    log.info("Method %s, %s. %s", choice.method, choice.budget.plan, choice.reason)
     report.stage("loading the base model", spec.model.id)
     model = _load(spec, base_folder, choice, folder.home, proofs)
     pad = int(tokenizer.pad_token_id or 0)
@@ -194,10 +194,9 @@ def _try_kernels(spec: JobSpec, config: dict[str, object], proofs: _Proofs) -> N
     proofs.report.stage("trying the kernels")
     # On every rank: what is lifted or compiled is so in this process alone.
     kernels = preflight(proofs.world.device)
-    proofs.add(lambda: prove_kernels(kernels))
-    layers = read_architecture(config).layers
-    has_delta_net = any(layer.mixer is Mixer.DELTA_NET for layer in layers)
-    refuse_unfit(kernels, has_delta_net=has_delta_net, accept_slow=spec.train.accept_slow_kernels)
+    needed = needed_by(spec, read_architecture(config))
+    proofs.add(lambda: prove_kernels(kernels, needed))
+    refuse_unfit(kernels, needed=needed, accept_slow=spec.train.accept_slow_kernels)
 
 
 def _load(

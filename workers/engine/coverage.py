@@ -33,7 +33,7 @@ def expect_coverage(folder: Path, method: Method) -> Proof:
     classes = _expected(config, method)
     total = _total(classes)
     if method != "qlora":
-        summary = f"All {total['parameters']:,} weights of the base will stay in 16 bits."
+        summary = f"None of the {total['parameters']:,} weights of the base will be in 4 bits."
     else:
         summary = (
             f"{_share(total):.1%} of the {total['parameters']:,} weights of the base will be in "
@@ -63,18 +63,32 @@ def prove_coverage(model: PreTrainedModel, method: Method) -> Proof:
         "left_in_16bit": left_out,
     }
     if method != "qlora":
-        summary = f"The base stays in 16 bits; {size}."
+        dtypes = _dtypes(model)
+        summary = (
+            f"All weights train; they are loaded in {dtypes}: {size}."
+            if method == "full"
+            else f"The base is held in {dtypes}; {size}."
+        )
         return Proof(name="coverage", passed=None, summary=summary, details=details)
     summary = f"{_share(total):.1%} of the base weights are in 4 bits; {size}."
     short = _short_of(expected, classes)
     if short or left_out:
         summary = (
             f"Only {summary} By the configuration it should be "
-            f"{_share(_total(expected)):.1%}; left in 16 bits: {', '.join(left_out[:3])}"
+            f"{_share(_total(expected)):.1%}; not in 4 bits: {', '.join(left_out[:3])}"
             f"{f' and {len(left_out) - 3} more' if len(left_out) > 3 else ''}."
         )
     passed = not short and not left_out and total["parameters_4bit"] > 0
     return Proof(name="coverage", passed=passed, summary=summary, details=details)
+
+
+def _dtypes(model: nn.Module) -> str:
+    """Return what the weights are held in, the most frequent first, as in `float32`."""
+    sizes: dict[str, int] = {}
+    for parameter in model.parameters():
+        name = str(parameter.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + parameter.numel()
+    return " and ".join(sorted(sizes, key=lambda name: -sizes[name]))
 
 
 def _measured(model: nn.Module) -> tuple[Classes, list[str]]:

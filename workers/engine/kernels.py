@@ -9,6 +9,7 @@ gradients are compared with plain arithmetic on this very card, and it is put ba
 import importlib
 import importlib.util
 import inspect
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,10 @@ import bitsandbytes
 import torch
 from torch.nn import functional
 
+from studio.domain.architecture import Architecture, Mixer
 from studio.domain.kernels import Kernel, Kernels
 from studio.domain.proof import Proof
+from studio.domain.spec import JobSpec
 from studio.errors import EngineError
 from workers.engine import kernel_speed, self_tests
 
@@ -68,27 +71,47 @@ def preflight(device: torch.device) -> Kernels:
     )
 
 
-def refuse_unfit(kernels: Kernels, *, has_delta_net: bool, accept_slow: bool) -> None:
+def needed_by(spec: JobSpec, architecture: Architecture) -> frozenset[str]:
+    """Return the names of the kernels that a run calls where the device has them.
+
+    Args:
+        spec: Its method auto may turn out to be qlora, so it needs what qlora does.
+        architecture: Of the base.
+    """
+    has_delta_net = any(layer.mixer is Mixer.DELTA_NET for layer in architecture.layers)
+    packs = spec.batch.packing
+    needs = {
+        "delta_rule": has_delta_net,
+        # Rows that are not packed go to transformers, which does not call fla's convolution.
+        "convolution": has_delta_net and packs,
+        "attention": packs,
+        "grouped_matmul": architecture.experts is not None,
+        "nf4": spec.method in ("qlora", "auto"),
+    }
+    return frozenset(name for name, is_needed in needs.items() if is_needed)
+
+
+def refuse_unfit(kernels: Kernels, *, needed: frozenset[str], accept_slow: bool) -> None:
     """Stop a run that would compute wrongly, or many times slower than it need be.
 
     Args:
         kernels: As `preflight` found them.
-        has_delta_net: Whether the model has Gated DeltaNet layers.
+        needed: As `needed_by` names them.
         accept_slow: Whether the user accepts slow kernels.
 
     Raises:
         EngineError: A kernel that would be used is wrong, or one is missing on a GPU.
     """
     for kernel in kernels.broken:
-        if kernel.name in ("delta_rule", "convolution") and not has_delta_net:
+        if kernel.name not in needed:
             continue
         raise EngineError(
             f"{kernel.title} ({kernel.package} {kernel.version}) does not work on this "
             f"{kernels.device}: {kernel.note}.",
             f"Install another version of {kernel.package}; `studio kernels` tries all of them.",
         )
-    missing = [k for k in kernels.kernels if k.name in _SLOW_WITHOUT and not k.is_used]
-    if kernels.device != "CPU" and has_delta_net and missing and not accept_slow:
+    missing = [k for k in _missing(kernels, needed) if k.name in _SLOW_WITHOUT]
+    if missing and not accept_slow:
         raise EngineError(
             f"{missing[0].title} has no fast kernel on this {kernels.device}: {missing[0].note}. "
             "Its plain form is many times slower.",
@@ -121,24 +144,55 @@ def measure(device: torch.device) -> Kernels:
     return found.model_copy(update={"kernels": tuple(timed)})
 
 
-def prove_kernels(kernels: Kernels) -> Proof:
-    """Say how many of the kernels that a run uses equal plain arithmetic on this device."""
-    used = [kernel for kernel in kernels.kernels if kernel.is_used]
-    right = [kernel for kernel in used if kernel.works]
-    largest = max((kernel.error or 0.0 for kernel in right), default=0.0)
-    summary = (
-        f"{len(right)} of {len(used)} kernels that are used on this {kernels.device} equal plain "
-        f"arithmetic; the largest difference is {largest:.1g} of the result."
-    )
-    wrong = [kernel.title for kernel in used if not kernel.works]
-    if wrong:
-        summary += f" Not: {', '.join(wrong)}."
+def prove_kernels(kernels: Kernels, needed: frozenset[str]) -> Proof:
+    """Say which kernels a run uses, and whether they agree with plain arithmetic on this device.
+
+    Args:
+        kernels: As `preflight` found them.
+        needed: As `needed_by` names them; the others are not counted.
+    """
+    used = [kernel for kernel in kernels.kernels if kernel.is_used and kernel.name in needed]
+    wrong = [kernel for kernel in used if not kernel.works]
     return Proof(
         name="kernels",
-        passed=not wrong,
-        summary=summary,
-        details=kernels.model_dump(mode="json"),
+        passed=not wrong if used else None,
+        summary=" ".join(_sentences(kernels, used, needed)),
+        details=kernels.model_dump(mode="json") | {"needed": sorted(needed)},
     )
+
+
+def _sentences(kernels: Kernels, used: list[Kernel], needed: frozenset[str]) -> Iterator[str]:
+    right = [kernel for kernel in used if kernel.works]
+    if not used:
+        yield f"No fast kernel is used by this run on this {kernels.device}."
+    if right:
+        what = "The fast kernel" if len(right) == 1 else f"The {len(right)} fast kernels"
+        titles = ", ".join(kernel.title for kernel in right)
+        largest = max(kernel.error or 0.0 for kernel in right)
+        yield (
+            f"{what} of this run ({titles}) {'agrees' if len(right) == 1 else 'agree'} with plain "
+            f"arithmetic to within {_rounded_up(largest)} on this {kernels.device}."
+        )
+    for kernel in used:
+        if not kernel.works:
+            yield f"Not right: {kernel.title}{f' ({kernel.note})' if kernel.note else ''}."
+    for kernel in _missing(kernels, needed):
+        yield f"{kernel.title} runs in its plain form: {kernel.note}."
+
+
+def _missing(kernels: Kernels, needed: frozenset[str]) -> list[Kernel]:
+    """Return the kernels that a run needs and a GPU lacks; on a CPU the plain form is meant."""
+    if kernels.device == "CPU":
+        return []
+    return [k for k in kernels.kernels if k.name in needed and not k.is_used]
+
+
+def _rounded_up(value: float) -> str:
+    """Return a number with one digit that is not below it, as in `4e-03`."""
+    if value <= 0:
+        return "0"
+    unit = 10.0 ** math.floor(math.log10(value))
+    return f"{math.ceil(value / unit) * unit:.0e}"
 
 
 def _kernel(

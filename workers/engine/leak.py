@@ -71,21 +71,21 @@ def prove_leak(model: PeftModel | PreTrainedModel, batch: MicroBatch) -> Proof:
 
 
 def _sentence(num_examples: int, others: float, first: float, tolerance: float) -> str:
+    row = f"{num_examples} examples in one row"
+    rest = "the others" if num_examples > 2 else "the other"
     if others > tolerance:
         return (
-            f"Packed examples see each other: other tokens in the first of {num_examples} moved "
-            f"outputs of the other {num_examples - 1} by {others:.2g}, where rounding moves up to "
-            f"{tolerance:.2g}."
+            f"{row} see each other: changing the first one changed {rest} by up to {others:.2g} "
+            f"of their size, and rounding explains up to {tolerance:.2g}."
         )
     if first <= tolerance:
         return (
-            f"Nothing is shown: other tokens in the first of {num_examples} packed examples moved "
-            f"its own outputs by {first:.2g} only."
+            f"Nothing is shown: changing the first of {row} changed its own outputs by only "
+            f"{first:.2g} of their size, which rounding explains."
         )
     return (
-        f"Other tokens in the first of {num_examples} packed examples moved its own outputs by "
-        f"{first:.1%}, and those of the other {num_examples - 1} by {others:.2g} at most "
-        f"(rounding: up to {tolerance:.2g})."
+        f"{row} do not see each other: changing the first one changed {rest} by {others:.2g} "
+        f"(rounding: up to {tolerance:.2g}) and itself by {first:.1%}."
     )
 
 

@@ -82,13 +82,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"The tokenizer in {folder} cannot be read: {first_line(error)}.",
             "Give a folder with tokenizer.json and tokenizer_config.json.",
         ) from error
-    if not isinstance(tokenizer.chat_template, str) or not tokenizer.is_fast:
+    if not tokenizer.is_fast:
+        raise EngineError(
+            f"The model in {folder} has no readable tokenizer.json.",
+            "Put the tokenizer.json published with the weights there.",
+            "model.id",
+        )
+    if not isinstance(tokenizer.chat_template, str):
         template = template_for(folder)
         raise EngineError(
-            f"The tokenizer in {folder} has no chat template or no tokenizer.json.",
+            f"The model in {folder} has no chat template.",
             "Choose the Instruct weights, or add the chat_template.jinja published with them."
             if template is None
             else f"Choose the Instruct weights, or copy {template} there as chat_template.jinja.",
+            "model.id",
         )
     return tokenizer
 

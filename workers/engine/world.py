@@ -173,9 +173,11 @@ def open_world(train: TrainSpec) -> World:
         _refuse_missing_gpus(train.num_gpus)
         _refuse_other_number(train, started)
     elif started.world_size % train.num_nodes:
+        count = started.world_size
+        were = "1 process was" if count == 1 else f"{count} processes were"
         raise InputError(
-            f"The run asks for {train.num_nodes} machines, but {started.world_size} processes "
-            "were started, which cannot be the same number on each.",
+            f"The run asks for {train.num_nodes} machines without GPUs, and {were} started in "
+            "all: that cannot be the same number on each.",
             "Set machines to 1.",
             "train.num_nodes",
         )

@@ -101,6 +101,31 @@ def test_the_command_speaks_json(studio: Studio) -> None:
     assert values["recomputed_layers"] == []
 
 
+@pytest.mark.parametrize("card", ["0", "-1", "10001", "1e30", "inf", "nan"])
+def test_a_card_that_cannot_be_is_refused_in_words(studio: Studio, card: str) -> None:
+    _, _, error = run(studio.home.path, DENSE, "--card", card)
+    assert isinstance(error, InputError)
+    assert "from 1 to 10,000" in str(error)
+
+
+def test_the_command_says_what_is_compared(studio: Studio) -> None:
+    _, said, _ = run(studio.home.path, DENSE, "--card", "80")
+    assert "Compared with a card of 80 GiB." in said
+    if not budgets.cards_here():
+        assert "Compared with the memory that the preset names." in run(studio.home.path, DENSE)[1]
+    code, ignored, _ = run(studio.home.path, "tiny-qwen3.5", "--card", "80")
+    assert code == 0
+    assert "--card is ignored: this run is on the CPU." in ignored
+    assert "Compared" not in ignored
+
+
+def test_no_bar_stands_beside_0_percent(studio: Studio) -> None:
+    _, said, _ = run(studio.home.path, DENSE, "--card", "80")
+    bars = {line.count("#") for line in said.splitlines() if " 0%" in line}
+    assert bars <= {0}
+    assert "#" in said
+
+
 def test_the_command_exits_2_where_nothing_fits(studio: Studio) -> None:
     code, said, _ = run(studio.home.path, DENSE, "--card", "10")
     assert code == 2
@@ -116,4 +141,4 @@ def test_the_command_reads_a_spec_from_a_file(studio: Studio, tmp_path: Path) ->
     assert json.loads(said)["tokens"] == 4096
     _, _, error = run(studio.home.path, str(tmp_path / "nothing.yaml"))
     assert isinstance(error, InputError)
-    assert "cannot be read" in str(error)
+    assert "There is no file" in str(error)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.workers.engine.checkpoints import CONFIGS, WITH_EXPERTS, write_checkpoint
-from workers.engine.coverage import expect_coverage, prove_coverage
+from workers.engine.coverage import Method, expect_coverage, prove_coverage
 from workers.engine.model import load_base
 from workers.engine.quantize import SIXTEEN_BIT, expert_weight, nf4_states
 
@@ -104,11 +104,22 @@ def test_nothing_in_4_bits_fails_for_qlora_and_informs_otherwise(folders: dict[s
     proof = prove_coverage(base, "qlora")
     assert proof.passed is False
     assert "Only 0.0%" in proof.summary
-    for method in ("lora", "full"):
-        informs: Any = prove_coverage(base, method)
+    words: dict[Method, str] = {"lora": "The base is held in ", "full": "All weights train; "}
+    for method, begin in words.items():
+        informs = prove_coverage(base, method)
         assert informs.passed is None
-        assert "stays in 16 bits" in informs.summary
-        assert "16 bits" in expect_coverage(folders["qwen3_5_text"], method).summary
+        assert informs.summary.startswith(begin)
+        assert "will be in 4 bits" in expect_coverage(folders["qwen3_5_text"], method).summary
+
+
+def test_the_precision_is_that_of_the_weights_in_memory(folders: dict[str, Path]) -> None:
+    base: Any = load_base(folders["qwen3_5_text"], method="lora", device="cpu")
+    assert "is held in float32; " in prove_coverage(base, "lora").summary
+    base.to(torch.bfloat16)
+    assert "is held in bfloat16; " in prove_coverage(base, "lora").summary
+    assert "are loaded in bfloat16: " in prove_coverage(base, "full").summary
+    base.model.norm.float()
+    assert "is held in bfloat16 and float32; " in prove_coverage(base, "lora").summary
 
 
 def test_a_tied_head_is_counted_once(tmp_path: Path, bases: dict[str, Path]) -> None:

@@ -10,11 +10,16 @@ import torch
 from torch.nn import functional
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from studio.disk import TEMPLATES
+from studio.domain.architecture import read_architecture
 from studio.domain.kernels import Kernel, Kernels
+from studio.domain.preset import load_models
+from studio.domain.spec import parse_spec
 from studio.errors import EngineError
 from workers.engine import kernel_speed, self_tests
-from workers.engine.kernels import preflight, prove_kernels, refuse_unfit
+from workers.engine.kernels import needed_by, preflight, prove_kernels, refuse_unfit
 
+ALL = frozenset(("delta_rule", "convolution", "attention", "grouped_matmul", "nf4"))
 CPU, FLOAT = torch.device("cpu"), torch.float32
 # transformers' own plain form, without its wrapper that refuses packed documents.
 CHUNKED: Callable[..., Any] = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
@@ -112,16 +117,55 @@ def test_on_a_cpu_products_and_4_bits_are_tried_and_the_rest_is_said_not_to_be_u
     assert all(k.note for k in kernels.kernels if not k.is_used)
     assert not kernels.broken
     assert Kernels.model_validate_json(kernels.model_dump_json()) == kernels
-    refuse_unfit(kernels, has_delta_net=True, accept_slow=False)
+    refuse_unfit(kernels, needed=ALL, accept_slow=False)
 
 
-def test_the_proof_names_a_kernel_that_is_wrong() -> None:
-    right, wrong = prove_kernels(preflight(CPU)), prove_kernels(on_a_card(works=False))
+def test_the_proof_counts_what_the_run_uses() -> None:
+    kernels = preflight(CPU)
+    one, two = prove_kernels(kernels, frozenset(("nf4",))), prove_kernels(kernels, ALL)
+    none = prove_kernels(kernels, frozenset(("delta_rule",)))
 
-    assert right.passed
-    assert right.summary.startswith("2 of 2 kernels that are used on this CPU equal plain")
+    assert (one.passed, two.passed, none.passed) == (True, True, None)
+    assert one.summary.startswith("The fast kernel of this run (4-bit weights) agrees with plain")
+    assert two.summary.startswith("The 2 fast kernels of this run (")
+    assert none.summary == "No fast kernel is used by this run on this CPU."
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(0.004, "4e-03"), (0.0041, "5e-03"), (0.0096, "1e-02"), (0.0, "within 0 on")],
+)
+def test_the_difference_is_never_said_to_be_smaller_than_it_is(error: float, words: str) -> None:
+    assert words in prove_kernels(on_a_card(error=error), ALL).summary
+
+
+def test_the_proof_names_a_kernel_that_is_wrong_or_missing() -> None:
+    wrong = prove_kernels(on_a_card(works=False, note="no symbol"), ALL)
+    missing = prove_kernels(on_a_card(is_used=False, works=None, note="it is not installed"), ALL)
+
     assert wrong.passed is False
-    assert "Not: Gated DeltaNet." in wrong.summary
+    assert wrong.summary == "Not right: Gated DeltaNet (no symbol)."
+    assert prove_kernels(on_a_card(works=False), frozenset(("nf4",))).passed is None
+    assert missing.passed is None
+    assert missing.summary.endswith("Gated DeltaNet runs in its plain form: it is not installed.")
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "needed"),
+    [
+        ("tiny/qwen3", {"method": "lora"}, set()),
+        ("tiny/qwen3", {"method": "auto"}, {"nf4"}),
+        ("tiny/qwen3", {"method": "full", "batch": {"packing": True}}, {"attention"}),
+        ("tiny/qwen3.5", {"method": "lora"}, {"delta_rule"}),
+        ("tiny/qwen3-next", {"method": "qlora", "batch": {"packing": True}}, ALL),
+    ],
+)
+def test_what_a_run_needs_follows_from_its_spec_and_model(
+    model: str, changes: dict[str, Any], needed: set[str]
+) -> None:
+    spec = parse_spec({"batch": {"packing": False}} | changes)
+    config = load_models(TEMPLATES / "models")[model].config
+    assert needed_by(spec, read_architecture(config)) == needed
 
 
 def on_a_card(**changes: Any) -> Kernels:
@@ -144,17 +188,17 @@ def on_a_card(**changes: Any) -> Kernels:
 def test_a_wrong_kernel_is_refused_whatever_the_user_accepts() -> None:
     kernels = on_a_card(works=False, note="its results differ by 0.4")
     with pytest.raises(EngineError, match=r"fla-core 0\.6\.0\) does not work on this NVIDIA H200"):
-        refuse_unfit(kernels, has_delta_net=True, accept_slow=True)
-    refuse_unfit(kernels, has_delta_net=False, accept_slow=False)
+        refuse_unfit(kernels, needed=ALL, accept_slow=True)
+    refuse_unfit(kernels, needed=frozenset(("nf4",)), accept_slow=False)
 
 
 def test_a_slow_replacement_on_a_gpu_is_refused_unless_it_is_accepted() -> None:
     kernels = on_a_card(version=None, is_used=False, works=None, note="fla-core is not installed")
     with pytest.raises(EngineError, match="many times slower") as caught:
-        refuse_unfit(kernels, has_delta_net=True, accept_slow=False)
+        refuse_unfit(kernels, needed=ALL, accept_slow=False)
     assert caught.value.field == "train.accept_slow_kernels"
-    refuse_unfit(kernels, has_delta_net=True, accept_slow=True)
-    refuse_unfit(kernels, has_delta_net=False, accept_slow=False)
+    refuse_unfit(kernels, needed=ALL, accept_slow=True)
+    refuse_unfit(kernels, needed=frozenset(("nf4",)), accept_slow=False)
 
 
 def test_the_speed_of_every_kernel_can_be_compared_with_the_plain_form() -> None:

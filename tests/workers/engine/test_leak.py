@@ -37,7 +37,7 @@ def test_documents_that_are_apart_pass(family: str) -> None:
     # Without experts, whose tokens are sorted together, nothing moves at all.
     if "moe" not in family and family != "qwen3_next":
         assert proof.details["moved_others"] == 0.0
-    assert "first of 4 packed examples" in proof.summary
+    assert proof.summary.startswith("4 examples in one row do not see each other: changing the ")
     assert model.training, "the mode is as before"
 
 
@@ -61,7 +61,7 @@ def test_each_leak_fails(
     proof = prove_leak(model, row())
     assert proof.passed is False
     assert proof.details["moved_others"] > 3 * proof.details["tolerance"]
-    assert proof.summary.startswith("Packed examples see each other")
+    assert proof.summary.startswith("4 examples in one row see each other: changing the first ")
 
 
 def test_the_other_parts_of_the_row_do_not_hide_a_leak_into_one(

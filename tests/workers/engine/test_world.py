@@ -65,7 +65,9 @@ def test_gpus_that_are_not_there_are_refused() -> None:
 
 
 def test_processes_that_do_not_fit_the_machines_are_refused() -> None:
-    with pytest.raises(InputError, match="asks for 2 machines, but 1 processes were started"):
+    with pytest.raises(
+        InputError, match="2 machines without GPUs, and 1 process was started in all"
+    ):
         open_world(TrainSpec(num_gpus=0, num_nodes=2))
 
 
