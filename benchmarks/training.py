@@ -56,6 +56,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "TRL, group_by_length": {"trl": {"train_sampling_strategy": "group_by_length"}},
     "TRL, recomputing (its default)": {"trl": {"gradient_checkpointing": True}},
     "TRL, packing": {"trl": {"packing": True}},
+    "TRL, packing, 2 rows": {"trl": {"packing": True, "per_device_train_batch_size": 2}},
 }
 VERSIONS = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
 

@@ -87,7 +87,8 @@ def component(leaf: Leaf) -> gr.components.Component:
     if get_origin(leaf.kind) is Literal:
         return gr.Dropdown(choices=list(get_args(leaf.kind)), **common)
     if leaf.kind is bool:
-        return gr.Checkbox(**common)
+        # In a row it does not keep its least width by itself: page.css does that.
+        return gr.Checkbox(elem_classes="tick", **common)
     if is_groups(leaf):
         return gr.CheckboxGroup(choices=[group.value for group in _enum_of(leaf)], **common)
     if "\n" in BETWEEN.get(leaf.path, ""):

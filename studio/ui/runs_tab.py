@@ -19,6 +19,7 @@ from studio.ui.chart import chart, chart_value
 from studio.ui.edge import shown
 
 LOOK_SECONDS = 1.5
+LOADING = show.empty("Loading ...", "The runs of this studio are read.")
 EMPTY = show.empty("No run yet", "Choose a dataset and a preset on the Train page and launch.")
 CURVES = (LOSS, EVAL_LOSS, LEARNING_RATE, GRAD_NORM)
 
@@ -52,7 +53,7 @@ def build(studio: Studio) -> RunsTab:
                 choices=[], label="Runs, newest first", elem_classes="picklist", elem_id="run-pick"
             )
         with gr.Column(scale=3, min_width=320):
-            head = gr.HTML(EMPTY, elem_id="run-head")
+            head = gr.HTML(LOADING, elem_id="run-head")
             with gr.Row():
                 off: dict[str, Any] = {"interactive": False, "min_width": 90}
                 stop = gr.Button("Stop", variant="stop", elem_id="run-stop", **off)
@@ -95,8 +96,8 @@ def build(studio: Studio) -> RunsTab:
     watching: dict[str, Any] = {"show_progress": "hidden"}
     gr.on([timer.tick, pick.change], shown(look), [pick, seen], [seen, *outputs], **watching)
     pick.change(None, pick, None, js="(run) => window.studio.remember('run', run)")
-    stops = _asks(partial(runs.stop, studio), "Run {} stops at its next step.")
-    resumes = _asks(partial(runs.resume, studio), "Run {} goes on from its latest checkpoint.")
+    stops = _asks(partial(runs.stop, studio), "Run {} stops at its next step.".format)
+    resumes = _asks(partial(runs.resume, studio), partial(_resume_words, studio))
     for button, act in ((stop, stops), (resume, resumes)):
         button.click(shown(act), pick, None).then(
             shown(look), [pick, seen], [seen, *outputs], **watching
@@ -104,14 +105,24 @@ def build(studio: Studio) -> RunsTab:
     return RunsTab(pick=pick, to_merge=to_merge, to_chat=to_chat)
 
 
-def _asks(act: Callable[[int], object], words: str) -> Callable[[int | None], None]:
-    """Return what a button does with the chosen Run; `words` say so, with its number."""
+def _resume_words(studio: Studio, run_id: int) -> str:
+    checkpoints = runs.folder(studio, run_id).checkpoints
+    if next(checkpoints.glob("step-*"), None) is None:
+        return f"Run {run_id} has no checkpoint: it starts again from the beginning."
+    return f"Run {run_id} goes on from its latest checkpoint."
+
+
+def _asks(
+    act: Callable[[int], object], words: Callable[[int], str]
+) -> Callable[[int | None], None]:
+    """Return what a button does with the chosen Run; `words` say so, of its number."""
 
     def ask(run_id: int | None) -> None:
         if run_id is None:
             raise NotFoundError("No run is chosen.", "Choose one in the list.")
+        said = words(int(run_id))
         act(int(run_id))
-        gr.Info(words.format(run_id))
+        gr.Info(said)
 
     return ask
 

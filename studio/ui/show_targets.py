@@ -23,9 +23,9 @@ def targets(found: TargetTree) -> str:
                 ("adapter, in 32 bits", size(found.adapter_bytes)),
             ]
         )
-        + '<div class="scroll"><table class="findings"><thead><tr><th scope="col">Target group</th>'
+        + '<div class="scroll"><table class="findings targets"><thead><tr>'
         '<th scope="col">Layers trained</th><th scope="col">Trainable parameters</th>'
-        f'<th scope="col">Adapter</th></tr></thead><tbody>{rows}</tbody></table></div>'
+        f'<th scope="col">Adapter</th></tr></thead>{rows}</table></div>'
     )
 
 
@@ -38,8 +38,9 @@ def _group(branch: GroupBranch) -> str:
     else:
         parameters, adapter = f"{count(branch.parameters)} if chosen", ""
     return (
-        f"<tr{style}><td><details><summary>{escape(branch.title)}</summary>{_leaves(branch)}"
-        f"</details>{note}</td><td>{trained}</td><td>{parameters}</td><td>{adapter}</td></tr>"
+        f'<tbody><tr{style}><th scope="rowgroup" colspan="3"><details>'
+        f"<summary>{escape(branch.title)}</summary>{_leaves(branch)}</details>{note}</th></tr>"
+        f"<tr{style}><td>{trained}</td><td>{parameters}</td><td>{adapter}</td></tr></tbody>"
     )
 
 
@@ -59,7 +60,8 @@ def _leaf(leaf: Leaf, layers: Sequence[int]) -> str:
 
 def _not_trained(part: NotTrained) -> str:
     return (
-        f'<tr {_GREY}><td>{escape(part.title)}</td><td colspan="3">{escape(part.reason)}</td></tr>'
+        f'<tbody><tr {_GREY}><th scope="rowgroup" colspan="3">{escape(part.title)}'
+        f"<div>{escape(part.reason)}</div></th></tr></tbody>"
     )
 
 

@@ -52,6 +52,7 @@ def build(studio: Studio) -> TrainTab:
                 container=False,
                 elem_id="train-mode",
             )
+            wrong = gr.HTML(elem_id="train-wrong")
             _simple_fields(studio, leaves, by_key)
             with gr.Column(visible=False, elem_id="train-advanced") as advanced:
                 _advanced_fields(leaves, by_key)
@@ -69,7 +70,8 @@ def build(studio: Studio) -> TrainTab:
             _kernels_box()
     launched = gr.State(0)
     fields = [by_key[leaf.key] for leaf in leaves]
-    derived = [by_key["lora.targets"], card, total, trouble, yaml, download, epoch, tree, budget]
+    said = [card, total, trouble, yaml, download, epoch, tree, budget, wrong]
+    derived = [by_key["lora.targets"], *said]
 
     mode.change(lambda name: gr.Column(visible=name == "Advanced"), mode, advanced)
     _wire_fields(studio, leaves, by_key, derived)
