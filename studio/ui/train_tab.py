@@ -45,13 +45,8 @@ def build(studio: Studio) -> TrainTab:
     by_key: dict[str, gr.components.Component] = {}
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            mode = gr.Radio(
-                ["Simple", "Advanced"],
-                value="Simple",
-                show_label=False,
-                container=False,
-                elem_id="train-mode",
-            )
+            plain: dict[str, Any] = {"show_label": False, "container": False}
+            mode = gr.Radio(["Simple", "Advanced"], value="Simple", elem_id="train-mode", **plain)
             wrong = gr.HTML(elem_id="train-wrong")
             _simple_fields(studio, leaves, by_key)
             with gr.Column(visible=False, elem_id="train-advanced") as advanced:
