@@ -63,7 +63,7 @@ def build(studio: Studio) -> TrainTab:
                 tree = gr.HTML(elem_id="train-targets")
             yaml, apply, load, download = _yaml_box()
             _kernels_box()
-    launched = gr.State(0)
+    launched, accepted = gr.State(0), gr.State("")
     fields = [by_key[leaf.key] for leaf in leaves]
     said = [card, total, trouble, yaml, download, epoch, tree, budget, wrong]
     derived = [by_key["lora.targets"], *said]
@@ -71,8 +71,6 @@ def build(studio: Studio) -> TrainTab:
     mode.change(lambda name: gr.Column(visible=name == "Advanced"), mode, advanced)
     _wire_fields(studio, leaves, by_key, derived)
     _wire_yaml(studio, leaves, [*fields, *derived], (yaml, apply, load))
-
-    accepted = gr.State("")
 
     def submit(*values: Any, progress: Any = gr.Progress()) -> list[Any]:
         *typed, known = values
