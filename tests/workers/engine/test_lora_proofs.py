@@ -156,7 +156,7 @@ def test_energy_of_dora_counts_the_length_of_the_rows(bases: dict[str, Path]) ->
 
 
 def test_experts_without_a_token_are_counted_and_not_failed(bases: dict[str, Path]) -> None:
-    lora = LoraSpec(rank=4, targets=(TargetGroup.ROUTED_EXPERTS,))
+    lora = LoraSpec(rank=4, alpha=8, targets=(TargetGroup.ROUTED_EXPERTS,))
     model = add_adapter(load_base(bases["qwen3_moe"], method="lora"), lora)
     fill(model)
     assert "have no update" not in prove_learned(model, lora).summary
