@@ -16,7 +16,6 @@ from studio.budget_commands import budget
 from studio.dataset_commands import dataset_app
 from studio.demo import run_demo
 from studio.doctor import examine
-from studio.domain.spec import JobSpec
 from studio.errors import ConflictError, InputError, MachineError, NotFoundError, StudioError
 from studio.model_commands import model_app
 from studio.options import OUR_ERROR, USER_ERROR, HomeOption, JsonOption, settings_of, studio_of
@@ -136,7 +135,7 @@ def run(
 ) -> None:
     """Launch a training run from a spec; `preset: NAME` alone fills in the rest."""
     studio = studio_of(home)
-    row = runs.submit(studio, _read_spec(studio, spec_file))
+    row = runs.submit(studio, runs.spec_from_file(studio, spec_file))
     _follow(studio, row, wait=wait, as_json=as_json)
 
 
@@ -149,18 +148,6 @@ def _follow(studio: Studio, row: RunRow, *, wait: bool, as_json: bool) -> None:
     else:
         out.print(f"run {row.id} is {row.state}: {row.name}", markup=False)
     _exit_if_failed(row)
-
-
-def _read_spec(studio: Studio, path: Path) -> JobSpec:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file {path}.", "Give the path of a YAML file.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"The spec {path} cannot be read: {error}.", "Give the path of a YAML file."
-        ) from error
-    return runs.complete_spec(studio, text)
 
 
 def _exit_if_failed(row: Any) -> None:

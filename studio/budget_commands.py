@@ -51,15 +51,7 @@ def _spec_of(studio: Studio, what: str) -> JobSpec:
     path = Path(what)
     if path.suffix not in (".yaml", ".yml"):
         return runs.spec_from_preset(studio, what, {})
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"There is no file {path}.", "Give the path of a YAML file.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"The spec {path} cannot be read: {error}.", "Give the path of a YAML file."
-        ) from error
-    return runs.complete_spec(studio, text)
+    return runs.spec_from_file(studio, path)
 
 
 def _show(found: budgets.Estimate) -> None:

@@ -17,7 +17,7 @@ from studio.domain.proof import Proofs, Recall
 from studio.domain.run import RunState
 from studio.domain.sample import Sample
 from studio.domain.spec import JobSpec, parse_spec, yaml_mapping
-from studio.errors import ConflictError, NotFoundError
+from studio.errors import ConflictError, InputError, NotFoundError
 from studio.services import mixtures, models
 from studio.services.studio import Studio
 from studio.store import leases
@@ -49,6 +49,24 @@ def complete_spec(studio: Studio, text: str) -> JobSpec:
     values = yaml_mapping(text, "The spec")
     name = values.get("preset")
     return spec_from_preset(studio, str(name), values) if name else parse_spec(values)
+
+
+def spec_from_file(studio: Studio, path: Path) -> JobSpec:
+    """Read a spec from a YAML file; what it leaves out comes from its preset.
+
+    Raises:
+        InputError: The file cannot be read, is not YAML, or a field is wrong.
+        NotFoundError: There is no such Preset.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.", "Give the path of a YAML file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"The spec {path} cannot be read: {error}.", "Give the path of a YAML file."
+        ) from error
+    return complete_spec(studio, text)
 
 
 def submit(studio: Studio, spec: JobSpec) -> RunRow:

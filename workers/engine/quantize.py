@@ -126,7 +126,7 @@ def refuse_ragged_rows(name: str, shape: Sequence[int], device: torch.device) ->
     """
     if device.type == "cpu" and shape[-1] % _BLOCK:
         raise EngineError(
-            f"Rows of {shape[-1]} weights, as {name} has, cannot be held in 4 bits on a CPU: "
+            f"Rows of {shape[-1]} weights, as in {name}, cannot be held in 4 bits on a CPU: "
             f"bitsandbytes restores them wrongly there unless they are a multiple of {_BLOCK}.",
             "Choose method lora, or train on a GPU.",
             "method",

@@ -272,6 +272,6 @@ def test_rows_that_a_cpu_restores_wrongly_are_refused() -> None:
     error = float((dequantize_4bit(packed, state) - weight).norm() / weight.norm())
     assert error > 0.2  # when bitsandbytes mends it, the refusal can go
 
-    with pytest.raises(EngineError, match="Rows of 96 weights, as up_proj has, cannot be held"):
+    with pytest.raises(EngineError, match="Rows of 96 weights, as in up_proj, cannot be held"):
         refuse_ragged_rows("up_proj", weight.shape, weight.device)
     refuse_ragged_rows("up_proj", (64, 128), weight.device)

@@ -179,6 +179,33 @@ def test_one_conversation_fills_every_step(
     assert len(tokens) == 1
 
 
+def test_packing_is_turned_off_where_examples_see_each_other(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {
+        "batch": {"packing": True, "micro_batch_size": 2},
+        "data": {"max_length_tokens": 256},
+    }
+    packed, leaky = make_run(**changes), make_run(**changes)
+    train(packed)
+    assert proofs(packed)["leak"].passed is True
+
+    def one_document(bounds: torch.Tensor) -> list[tuple[int, int]]:
+        return [(0, int(bounds[-1]))]
+
+    # Convolution and delta rule take the whole row for one document.
+    monkeypatch.setattr("workers.engine.varlen.bounds_of", one_document)
+    training = build(leaky)
+    assert training.batch.packing is False
+    assert training.order.row_tokens is None
+    leak = next(proof for proof in training.proofs if proof.name == "leak")
+    assert leak.passed is False
+    assert "see each other" in leak.summary
+    train(leaky)
+    assert json.loads(leaky.result.read_text())["state"] == "FINISHED"
+    assert proofs(leaky)["leak"].passed is False
+
+
 # ---- what stops a run -------------------------------------------------------------------------
 
 
