@@ -161,9 +161,9 @@ class _Proofs:
         self.found: list[Proof] = []
         self.report, self.world = report, world
 
-    def add(self, prove: Callable[[], Proof], *, on_all_ranks: bool = False) -> Proof:
-        """Measure on rank 0, or on every rank where that takes all of them, and write it."""
-        proof = prove() if on_all_ranks else self.world.from_main(prove)
+    def add(self, prove: Callable[[], Proof]) -> Proof:
+        """Measure on rank 0, tell all ranks, and write it."""
+        proof = self.world.from_main(prove)
         self.found.append(proof)
         self.report.proofs(self.found)
         if proof.name in ("targets", "mask") and proof.passed is False:

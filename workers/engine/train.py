@@ -41,6 +41,9 @@ from workers.engine.samples import sample_replies
 
 log = logging.getLogger(__name__)
 
+# Note of a Checkpoint: the step of the latest evaluation.
+_EVALUATED = "evaluated_at"
+
 
 @dataclass(slots=True)
 class StopWish:
@@ -70,7 +73,8 @@ def train(folder: RunFolder) -> None:
 def loop(training: Training, wish: StopWish) -> None:
     """Take steps until the last one, until somebody asks to stop, or until it is hopeless."""
     spec, order, progress = training.spec, training.order, training.progress
-    if not progress.step:
+    # A run that was stopped behind a step had no time to evaluate there.
+    if progress.notes.get(_EVALUATED) != progress.step and _is_evaluated(training, progress.step):
         evaluate(training)
     training.report.stage("training", f"{order.total_steps} steps")
     for micro_batches in order.steps(progress.step):
@@ -90,6 +94,8 @@ def loop(training: Training, wish: StopWish) -> None:
 
 def _is_evaluated(training: Training, step: int) -> bool:
     every, order = training.spec.eval.every_steps, training.order
+    if not step:
+        return True
     if every is None:
         return step in order.epoch_ends
     return step % every == 0 or step == order.total_steps
@@ -114,6 +120,7 @@ def evaluate(training: Training) -> None:
         report.stage("asking the sample prompts")
         replies: list[Sample] = training.root(_ask, training)
         report.samples(replies)
+    progress.notes[_EVALUATED] = progress.step
     report.stage("training", f"{training.order.total_steps} steps")
 
 

@@ -98,6 +98,28 @@ def test_a_killed_run_goes_on_from_its_latest_checkpoint_and_forgets_what_came_a
     assert adapter(killed) == adapter(whole)
 
 
+def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_goes_on(
+    make_run: MakeRun, dataset: Path
+) -> None:
+    changes: dict[str, Any] = {
+        "data": {"dataset": dataset.stem, "eval_dataset": dataset.stem},
+        "train": {"max_steps": 4, "epochs": 4},
+        "eval": {"every_steps": 2},
+    }
+    whole, halved = make_run(**changes), make_run(**changes)
+    train(whole)
+    train_until(halved, 2)
+    assert [step for step, _ in evaluations(halved)] == [0]
+    train(halved)
+    assert evaluations(halved) == evaluations(whole)
+    assert [step for step, _ in evaluations(whole)] == [0, 2, 4]
+    assert losses(halved) == losses(whole)
+
+
+def evaluations(run: RunFolder) -> list[tuple[int, float]]:
+    return [(r.step, r.values["eval_loss"]) for r in records(run) if "eval_loss" in r.values]
+
+
 def test_a_damaged_checkpoint_is_passed_over(make_run: MakeRun) -> None:
     run = make_run(train={"max_steps": 4, "epochs": 4, "save_steps": 1, "keep_checkpoints": 4})
     train_until(run, 3)
