@@ -4,11 +4,9 @@ A folder explains itself: what a name means stands here and nowhere else.
 Files that another process reads appear whole: they are written beside their name and renamed.
 """
 
-import fcntl
 import os
 import tempfile
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 
 from studio.errors import disk_errors
@@ -74,6 +72,26 @@ class RunFolder:
     def error(self) -> Path:
         """Why the run failed: {"type", "message", "hint", "field"}."""
         return self.path / "error.json"
+
+    @property
+    def wishes(self) -> Path:
+        """How often a save and an evaluation were asked for: {"saves", "evaluations"}."""
+        return self.path / "wishes.json"
+
+    @property
+    def events(self) -> Path:
+        """What happened, one JSON object a line: {"at", "epoch", "kind", "step", "text"}."""
+        return self.path / "events.jsonl"
+
+    @property
+    def owner(self) -> Path:
+        """Mark of the Lease that may write here; a trainer of another one ends by itself."""
+        return self.path / "owner.txt"
+
+    @property
+    def origin(self) -> Path:
+        """Of a fork: the Checkpoint that it begins from, and origin.json that says how."""
+        return self.path / "origin"
 
     @property
     def proofs(self) -> Path:
@@ -180,9 +198,10 @@ class Home:
                 self.models,
                 self.tokens,
                 self.verdicts,
+                self.backups,
+                self.workers,
                 self.broker,
                 self.broker / "queue",
-                self.broker / "control",
             ):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
@@ -247,8 +266,26 @@ class Home:
 
     @property
     def worker_lock(self) -> Path:
-        """Locked by the worker as long as it lives; see `worker_note`."""
+        """Locked by the embedded worker as long as it lives; see `studio.locks.worker_note`."""
         return self.path / "worker.lock"
+
+    @property
+    def workers(self) -> Path:
+        """Folder of one lock file per worker, which it holds as long as it lives."""
+        return self.path / "workers"
+
+    def worker(self, name: str) -> Path:
+        """Return the lock file of a worker."""
+        return self.workers / f"{name}.lock"
+
+    def slots(self, boot_id: str) -> Path:
+        """Return the folder of a machine's lock files: who works on which card."""
+        return self.path / "slots" / boot_id
+
+    @property
+    def backups(self) -> Path:
+        """Folder of copies of the database."""
+        return self.path / "backups"
 
     @property
     def client_lock(self) -> Path:
@@ -309,41 +346,3 @@ def write_whole(path: Path, text: str) -> None:
             temporary.rename(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def worker_note(pid: int, *, is_closing: bool) -> str:
-    """Return what a worker writes into its lock file: its number, and whether it takes work."""
-    return f"{pid}\n{'closing' if is_closing else 'open'}\n"
-
-
-def worker_is_closing(home: Home) -> bool:
-    """Tell whether the worker of a home folder takes no more work and is about to end."""
-    return home.worker_lock.exists() and "closing" in home.worker_lock.read_text(encoding="utf-8")
-
-
-def take_lock(path: Path, *, shared: bool = False) -> TextIOWrapper | None:
-    """Lock a file until the returned object is closed or this process ends, however it ends.
-
-    Args:
-        path: The lock file; created when missing.
-        shared: Whether others may hold it too, shared.
-
-    Returns:
-        The open file, which holds the lock; None when another process is in the way.
-    """
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-def is_locked(path: Path) -> bool:
-    """Tell whether any process holds a lock on a file."""
-    lock = take_lock(path)
-    if lock is None:
-        return True
-    lock.close()
-    return False

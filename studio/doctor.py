@@ -7,7 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from studio.domain.section import Section
+from studio.doctor_store import Finding, examine_store
 from studio.services.studio import Studio
 from studio.services.workers import is_alive
 
@@ -19,14 +19,6 @@ BACKPORTED_SQLITE = ((3, 50, 7), (3, 44, 6))
 MIN_FREE_BYTES = 5 * 2**30
 
 
-class Finding(Section):
-    """One line of the examination; `good` is None where nothing is judged."""
-
-    name: str
-    good: bool | None
-    text: str
-
-
 def examine(studio: Studio) -> list[Finding]:
     """Look at the machine; nothing is changed."""
     return [
@@ -34,6 +26,7 @@ def examine(studio: Studio) -> list[Finding]:
         *[_package(name, needed=True) for name in PACKAGES],
         *[_package(name, needed=False) for name in GPU_PACKAGES],
         _sqlite(),
+        *examine_store(studio.database),
         _disk(studio),
         _gpus(),
         _worker(studio),
@@ -49,14 +42,18 @@ def _package(name: str, *, needed: bool) -> Finding:
 
 
 def _sqlite() -> Finding:
-    linked = sqlite3.sqlite_version_info
-    fixed = linked >= FIXED_SQLITE or any(
-        linked[:2] == back[:2] and linked >= back for back in BACKPORTED_SQLITE
-    )
+    fixed = is_fixed_sqlite(sqlite3.sqlite_version_info)
     text = sqlite3.sqlite_version
     if not fixed:
         text += ": before 3.51.3, which fixed a rare fault of the write-ahead log; keep backups"
     return Finding(name="sqlite", good=True if fixed else None, text=text)
+
+
+def is_fixed_sqlite(version: tuple[int, int, int]) -> bool:
+    """Tell whether a version of SQLite is without the fault of its write-ahead log."""
+    return version >= FIXED_SQLITE or any(
+        version[:2] == back[:2] and version >= back for back in BACKPORTED_SQLITE
+    )
 
 
 def _disk(studio: Studio) -> Finding:

@@ -30,13 +30,16 @@ class StudioError(Exception):
         message: One sentence: what is wrong, with the value.
         hint: One sentence: what to do.
         field: Dotted path of the field at fault, for instance `lora.rank`; empty when none is.
+        code: Exit code of a process that ends with it, one of studio.domain.outcome; 0 leaves it
+            to the class.
     """
 
-    def __init__(self, message: str, hint: str = "", field: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", field: str = "", *, code: int = 0) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
         self.field = field
+        self.code = code
 
     def __str__(self) -> str:
         """Return message and hint as one paragraph."""

@@ -1,17 +1,18 @@
 """Rows and workers that the tests of the light half of `workers` start from."""
 
-import time
 import uuid
 from pathlib import Path
 
 from studio.disk import Home
+from studio.domain.placement import Placement
 from studio.domain.run import RunState
 from studio.domain.spec import JobSpec
 from studio.settings import Settings
-from studio.store import leases
+from studio.store import leases, queue
+from studio.store.clock import holder
 from studio.store.database import Database
 from studio.store.rows import DatasetRow, RunRow
-from workers.app import Shop
+from workers.app import Shop, open_shop
 
 NO_DATASET = "0" * 64
 
@@ -25,12 +26,7 @@ def make_shop(home_folder: Path) -> Shop:
     """Return what a worker on a home folder has at hand."""
     home = Home(path=home_folder)
     home.create()
-    return Shop(
-        home=home,
-        database=Database(home.database),
-        settings=Settings(home=home_folder),
-        owner=make_owner(),
-    )
+    return open_shop(home, Settings(home=home_folder), make_owner())
 
 
 def add_run(database: Database) -> int:
@@ -55,12 +51,17 @@ def add_run(database: Database) -> int:
     return row.id
 
 
+def anywhere(_: RunRow) -> Placement:
+    """Place a Run without looking at the machine."""
+    return Placement(fits=True)
+
+
 def claim(database: Database, owner: str) -> leases.Lease:
-    """Claim the oldest queued Run."""
+    """Claim the next queued Run."""
     with database.write() as session:
-        row = leases.claim(session, RunRow, owner=owner, now=time.time(), max_live=100)
-    assert row is not None
-    return leases.Lease(table=RunRow, id=row.id, epoch=row.epoch, owner=owner)
+        claimed = queue.claim(session, holder(owner), anywhere)
+    assert claimed is not None
+    return leases.lease_of(claimed[0])
 
 
 def put_back(database: Database, run_id: int) -> None:

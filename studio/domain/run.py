@@ -24,14 +24,30 @@ class RunState(StrEnum):
         return self in LIVE
 
 
+class Wish(StrEnum):
+    """What a user wants of a row that is STOPPING.
+
+    A paused Run goes back into the queue and is held there: it has no state of its own.
+    """
+
+    NONE = ""
+    STOP = "stop"
+    PAUSE = "pause"
+
+
 LIVE = frozenset({RunState.RUNNING, RunState.STOPPING})
 FINAL = frozenset({RunState.STOPPED, RunState.FINISHED, RunState.FAILED})
 
 MOVES: dict[RunState, frozenset[RunState]] = {
     RunState.QUEUED: frozenset({RunState.RUNNING, RunState.STOPPED}),
-    RunState.RUNNING: frozenset({RunState.STOPPING, RunState.FINISHED, RunState.FAILED}),
-    # A run may finish or fail while the wish to stop travels to it.
-    RunState.STOPPING: frozenset({RunState.STOPPED, RunState.FINISHED, RunState.FAILED}),
+    # Back into the queue: its worker was lost or closed, or it crashed and is tried again.
+    RunState.RUNNING: frozenset(
+        {RunState.STOPPING, RunState.FINISHED, RunState.FAILED, RunState.QUEUED}
+    ),
+    # A run may finish or fail while the wish to stop travels to it; a pause leads to the queue.
+    RunState.STOPPING: frozenset(
+        {RunState.STOPPED, RunState.FINISHED, RunState.FAILED, RunState.QUEUED}
+    ),
     # Resumed from its latest Checkpoint; what is finished has nothing left to do.
     RunState.STOPPED: frozenset({RunState.QUEUED}),
     RunState.FAILED: frozenset({RunState.QUEUED}),

@@ -1,6 +1,5 @@
 """Queries of Datasets and of the changes that wait for their next version."""
 
-import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,9 +15,9 @@ from sqlalchemy import (
     true,
     update,
 )
-from sqlalchemy.dialects.sqlite import insert
 from sqlalchemy.orm import Session
 
+from studio.store.dialects import each_number, insert
 from studio.store.rows import DatasetRow, EditRow, RunRow
 
 
@@ -120,14 +119,14 @@ def put_edits(
         name: literal(value, EditRow.__table__.c[name].type) for name, value in fresh.items()
     }
     # All numbers are one value: half a million rows of their own would hold the database for long.
-    each = func.json_each(json.dumps(list(numbers))).table_valued("value")
-    chosen = select(each.c.value, *columns.values()).where(true())  # true(): ON is no join
-    statement = insert(EditRow).from_select(["number", *columns], chosen)
+    each = each_number(session, numbers)
+    chosen = each.add_columns(*columns.values()).where(true())  # true(): ON is no join
+    statement = insert(session, EditRow).from_select(["number", *columns], chosen)
     session.execute(
         statement.on_conflict_do_update(index_elements=["dataset_id", "number"], set_=changed)
     )
     silent = (EditRow.excluded.is_(False), EditRow.tags.is_(None), EditRow.record.is_(None))
-    mine = (EditRow.dataset_id == dataset_id, EditRow.number.in_(select(each.c.value)))
+    mine = (EditRow.dataset_id == dataset_id, EditRow.number.in_(each))
     session.execute(delete(EditRow).where(*mine, *silent))
 
 

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 
-from sqlalchemy import select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from studio.domain.metrics import Point
+from studio.store.dialects import insert
 from studio.store.rows import PointRow, RunRow
 
 
@@ -23,7 +23,7 @@ def add_points(session: Session, run_id: int, points: Iterable[Point]) -> None:
     ]
     if not rows:
         return
-    statement = insert(PointRow)
+    statement = insert(session, PointRow)
     session.execute(
         statement.on_conflict_do_update(
             index_elements=["run_id", "name", "step"],
@@ -31,6 +31,11 @@ def add_points(session: Session, run_id: int, points: Iterable[Point]) -> None:
         ),
         rows,
     )
+
+
+def forget_points(session: Session, run_id: int, after_step: int) -> None:
+    """Remove the Points of steps that are taken again."""
+    session.execute(delete(PointRow).where(PointRow.run_id == run_id, PointRow.step > after_step))
 
 
 def curve(session: Session, run_id: int, name: str) -> list[Point]:

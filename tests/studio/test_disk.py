@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from studio.disk import Home, is_locked, take_lock, write_whole
+from studio.disk import Home, write_whole
 from studio.errors import MachineError
+from studio.locks import is_locked, take_lock
 from studio.services import datasets
 from tests.fakes import make_studio
 
 HOLD = (
-    "import sys; from pathlib import Path; from studio.disk import take_lock; "
+    "import sys; from pathlib import Path; from studio.locks import take_lock; "
     "lock = take_lock(Path(sys.argv[1]), shared=sys.argv[2] == 'shared'); "
     "print(lock is not None, flush=True); sys.stdin.read()"
 )

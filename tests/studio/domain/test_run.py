@@ -32,11 +32,11 @@ def test_every_state_is_final_or_leads_to_an_end_and_never_to_itself(state: RunS
     assert state not in MOVES[state]
 
 
-def test_a_state_comes_back_only_when_a_stopped_or_failed_run_is_queued_again() -> None:
-    assert sources(RunState.QUEUED) == {RunState.STOPPED, RunState.FAILED}
+def test_a_state_comes_back_only_by_way_of_the_queue() -> None:
+    assert sources(RunState.QUEUED) == LIVE | {RunState.STOPPED, RunState.FAILED}
     assert not MOVES[RunState.FINISHED]
     for state in set(RunState) - ENDS:
-        for following in MOVES[state]:
+        for following in MOVES[state] - {RunState.QUEUED}:
             assert state not in reachable_without_the_queue(following)
 
 

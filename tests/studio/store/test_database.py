@@ -7,17 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, text
 
 from studio.domain.metrics import Point
-from studio.domain.run import RunState
 from studio.errors import MachineError
-from studio.store import datasets, leases, runs
-from studio.store.database import MIGRATIONS, Database
+from studio.store import datasets, migrate, runs
+from studio.store.database import Database
 from studio.store.rows import Base, DatasetRow, EditRow, RunRow
 
 
@@ -45,15 +42,6 @@ def add_runs(database: Database, count: int) -> None:
             )
 
 
-def claim(database: Database, owner: str, max_live: int = 1_000) -> RunRow | None:
-    with database.write() as session:
-        return leases.claim(session, RunRow, owner=owner, now=100.0, max_live=max_live)
-
-
-def lease_of(row: RunRow) -> leases.Lease:
-    return leases.Lease(table=RunRow, id=row.id, epoch=row.epoch, owner=str(row.owner))
-
-
 def test_migrations_make_the_schema_that_the_rows_describe(database: Database) -> None:
     engine = create_engine(f"sqlite:///{database.path}")
     with engine.connect() as connection:
@@ -63,14 +51,10 @@ def test_migrations_make_the_schema_that_the_rows_describe(database: Database) -
 
 
 def move_schema(database: Database, revision: str) -> None:
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
     engine = create_engine(f"sqlite:///{database.path}")
     with engine.begin() as connection:
         connection.execute(text("PRAGMA foreign_keys=ON"))
-        config.attributes["connection"] = connection
-        move = command.downgrade if revision < "0002" else command.upgrade
-        move(config, revision)
+        migrate.move(connection, revision)
     engine.dispose()
 
 
@@ -85,7 +69,7 @@ def test_datasets_of_the_first_schema_know_afterwards_how_they_came(database: Da
         assert not names & {"kind", "parent_id", "source", "change"}
         connection.execute(text("UPDATE datasets SET source_name = 'a \"b\" ü.jsonl'"))
     engine.dispose()
-    move_schema(database, "head")
+    move_schema(database, migrate.known_revisions()[-1])
     with database.read() as session:
         row = session.get_one(DatasetRow, 1)
         assert datasets.edit(session, 1, 0) is None
@@ -121,67 +105,6 @@ def test_many_processes_may_open_a_new_database_at_once(tmp_path: Path) -> None:
     path = str(tmp_path / "studio.db")
     starts = [subprocess.Popen([sys.executable, "-c", code, path]) for _ in range(4)]
     assert [start.wait() for start in starts] == [0, 0, 0, 0]
-
-
-def test_each_run_is_claimed_once_by_competing_workers(database: Database) -> None:
-    add_runs(database, 60)
-    claimed: list[int] = []
-
-    def work(owner: str) -> None:
-        while (row := claim(database, owner)) is not None:
-            claimed.append(row.id)
-
-    threads = [threading.Thread(target=work, args=(str(n),)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(claimed) == list(range(1, 61))
-
-
-def test_no_more_runs_are_live_than_allowed(database: Database) -> None:
-    add_runs(database, 2)
-    assert claim(database, "a", max_live=1) is not None
-    assert claim(database, "b", max_live=1) is None
-
-
-def test_a_stale_lease_writes_nothing(database: Database) -> None:
-    add_runs(database, 1)
-    first = claim(database, "a")
-    assert first is not None
-    stale = lease_of(first)
-    with database.write() as session:
-        row = session.get(RunRow, 1)
-        assert row is not None
-        row.state = RunState.QUEUED  # as a reconciler of a later version would do
-    second = claim(database, "b")
-    assert second is not None
-    assert second.epoch == first.epoch + 1
-    with database.write() as session:
-        assert leases.renew(session, stale, now=200.0, values={"step": 7}) is None
-        assert not leases.finish(session, stale, RunState.FINISHED, now=200.0, values={})
-    with database.read() as session:
-        row = session.get(RunRow, 1)
-    assert row is not None
-    assert (row.state, row.step, row.owner) == (RunState.RUNNING, 0, "b")
-
-
-def test_only_allowed_moves_are_made(database: Database) -> None:
-    add_runs(database, 1)
-    with database.write() as session:
-        assert not leases.move(session, RunRow, 1, RunState.STOPPING, now=1.0)
-        assert leases.move(session, RunRow, 1, RunState.STOPPED, now=1.0)
-        assert not leases.move(session, RunRow, 1, RunState.STOPPED, now=1.0)
-
-
-def test_a_finished_run_cannot_be_finished_again(database: Database) -> None:
-    add_runs(database, 1)
-    row = claim(database, "a")
-    assert row is not None
-    with database.write() as session:
-        assert leases.finish(session, lease_of(row), RunState.FINISHED, now=2.0, values={})
-    with database.write() as session:
-        assert not leases.finish(session, lease_of(row), RunState.FAILED, now=3.0, values={})
 
 
 def test_a_point_that_is_stored_again_is_replaced(database: Database) -> None:

@@ -8,19 +8,24 @@ down_revision = "0001"
 branch_labels = None
 depends_on = None
 
+WHOLE = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
 
 def upgrade() -> None:
     """Add columns and the overlay; what is there was uploaded as conversations."""
     # Not as a batch: SQLite would write the table anew and drop it under the runs that name it.
     op.execute("ALTER TABLE datasets ADD COLUMN kind VARCHAR NOT NULL DEFAULT 'conversations'")
-    op.execute("ALTER TABLE datasets ADD COLUMN parent_id INTEGER REFERENCES datasets (id)")
+    is_sqlite = op.get_bind().dialect.name == "sqlite"
+    number = "INTEGER" if is_sqlite else "BIGINT"
+    op.execute(f"ALTER TABLE datasets ADD COLUMN parent_id {number} REFERENCES datasets (id)")
     op.execute("ALTER TABLE datasets ADD COLUMN source JSON NOT NULL DEFAULT '{}'")
     op.execute("ALTER TABLE datasets ADD COLUMN change JSON")
-    op.execute("UPDATE datasets SET source = json_object('type', 'upload', 'name', source_name)")
+    make = "json_object" if is_sqlite else "json_build_object"
+    op.execute(f"UPDATE datasets SET source = {make}('type', 'upload', 'name', source_name)")
     op.create_table(
         "edits",
-        sa.Column("dataset_id", sa.Integer(), sa.ForeignKey("datasets.id"), primary_key=True),
-        sa.Column("number", sa.Integer(), primary_key=True),
+        sa.Column("dataset_id", WHOLE, sa.ForeignKey("datasets.id"), primary_key=True),
+        sa.Column("number", WHOLE, primary_key=True),
         sa.Column("excluded", sa.Boolean(), nullable=False),
         sa.Column("tags", sa.JSON(), nullable=True),
         sa.Column("record", sa.String(), nullable=True),
