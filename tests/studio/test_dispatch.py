@@ -3,20 +3,13 @@
 import json
 import logging
 import os
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
 
 from studio.disk import Home
 from studio.dispatch import Bell, CeleryDispatch
-
-RING = (
-    "import sys; from pathlib import Path; from studio.disk import Home; "
-    "from studio.dispatch import Bell, CeleryDispatch; "
-    "CeleryDispatch(Home(path=Path(sys.argv[1]))).ring(Bell.TRAIN)"
-)
 
 
 @pytest.fixture
@@ -49,13 +42,25 @@ def test_many_bells_are_many_messages(home: Home) -> None:
     assert len(messages(home)) == 20
 
 
-def test_a_broker_folder_that_is_gone_is_logged_and_raises_nothing(
+def test_a_broker_folder_that_is_gone_is_made_again(home: Home) -> None:
+    shutil.rmtree(home.broker)
+    CeleryDispatch(home).ring(Bell.TRAIN)
+    assert len(messages(home)) == 1
+
+
+def test_a_home_folder_that_is_gone_is_logged_once_and_raises_nothing(
     home: Home, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (home.broker / "queue").rmdir()
+    dispatch = CeleryDispatch(home)
+    shutil.rmtree(home.path)
     with caplog.at_level(logging.WARNING):
-        CeleryDispatch(home).ring(Bell.TRAIN)
-    assert "the bell TRAIN was not rung" in caplog.text
+        for _ in range(3):
+            dispatch.ring(Bell.TRAIN)
+        assert caplog.text.count("the bell TRAIN was not rung") == 1
+        home.create()
+        dispatch.ring(Bell.TRAIN)
+    assert len(messages(home)) == 1
+    assert "the broker is there again: the bell TRAIN was rung" in caplog.text
 
 
 def test_a_broker_folder_that_is_a_file_is_logged_and_raises_nothing(
@@ -66,16 +71,6 @@ def test_a_broker_folder_that_is_a_file_is_logged_and_raises_nothing(
     with caplog.at_level(logging.WARNING):
         CeleryDispatch(home).ring(Bell.MERGE)
     assert "the bell MERGE was not rung" in caplog.text
-
-
-@pytest.mark.parametrize("content", [b"", b'[["celery", "', b"null"])
-def test_a_torn_note_of_the_broker_is_written_anew(home: Home, content: bytes) -> None:
-    note = home.broker / "control" / "celery.exchange"
-    note.write_bytes(content)
-    # A process of its own: kombu looks at its notes once in the life of a process.
-    subprocess.run([sys.executable, "-c", RING, str(home.path)], check=True)
-    assert len(messages(home)) == 1
-    assert json.loads(note.read_text(encoding="utf-8")) == [["celery", "", "celery"]]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
