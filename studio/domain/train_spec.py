@@ -86,8 +86,16 @@ class TrainSpec(Section):
         ge=1,
         le=10_000_000,
         title="Checkpoint every (steps)",
-        description="How often all that a run needs to go on is saved; empty saves when it stops "
-        "or ends.",
+        description="How often all that a run needs to go on is saved; empty leaves it to the "
+        "minutes. It is always saved when a run stops or ends.",
+    )
+    save_minutes: float | None = Field(
+        default=10.0,
+        gt=0,
+        le=100_000,
+        title="Checkpoint at least every (minutes)",
+        description="A crash, or a machine that fails, costs no more training than this (or one "
+        "step, where that takes longer); empty saves by steps alone.",
     )
     keep_checkpoints: int = Field(
         default=2,

@@ -6,6 +6,7 @@ memory; only then are weights loaded.
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from studio.disk import Home, RunFolder
 from studio.domain.architecture import read_architecture
+from studio.domain.outcome import ExitCode
 from studio.domain.proof import Proof
 from studio.domain.recompute_plan import Choice, choose_method
 from studio.domain.spec import JobSpec, parse_spec
@@ -24,8 +26,8 @@ from studio.domain.train_spec import BatchSpec
 from studio.errors import EngineError, InputError
 from studio.tokens.order import Order
 from workers.engine.batches import collate
-from workers.engine.checkpoint import Progress, load_checkpoint
-from workers.engine.checkpoint_files import latest_good
+from workers.engine.beginning import Begun, begin
+from workers.engine.checkpoint import Progress
 from workers.engine.coverage import expect_coverage, prove_coverage
 from workers.engine.data import Examples, RunData, read_data
 from workers.engine.full import compute_dtype, train_all
@@ -62,6 +64,9 @@ class Training:
         progress: Steps done and what they measured; also what a Checkpoint keeps.
         seconds: Of each step taken by this process.
         tokens: Real tokens of each step taken by this process.
+        saved_step: Step of a Checkpoint that holds all there is to save; None when none does.
+        saved_at: When the latest Checkpoint was saved, or training began; monotonic seconds.
+        silent_steps: How many of the latest steps had a gradient of exactly zero.
     """
 
     folder: RunFolder
@@ -81,6 +86,9 @@ class Training:
     progress: Progress
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    saved_step: int | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+    silent_steps: int = 0
 
     @property
     def pad_token_id(self) -> int:
@@ -125,15 +133,12 @@ def build(folder: RunFolder) -> Training:
     root = wrap(model, world, compute_dtype=compute_dtype(spec, world))
     optimizer = build_optimizer(model.named_parameters(), spec.optim)
     world.seed_training(spec.train.seed)
-    progress = Progress(step=0, base_id=spec.model.id)
-    report.stage("looking for a checkpoint")
-    checkpoint = world.from_main(lambda: latest_good(folder.checkpoints))
-    if checkpoint is not None:
-        report.stage("going on", checkpoint.name)
-        progress = load_checkpoint(checkpoint, model, optimizer, world)
-        _refuse_other_order(progress, batch)
+    begun = Begun(
+        model=model, optimizer=optimizer, world=world, report=report, base_id=spec.model.id
+    )
+    progress, is_saved = begin(folder, begun, order.total_steps)
+    _refuse_other_order(progress, batch)
     progress.notes["packing"] = batch.packing
-    report.go_on(progress.step if checkpoint else -1)
     log.info("%d steps, %d of them done, on %s", order.total_steps, progress.step, world.device)
     return Training(
         folder=folder,
@@ -151,6 +156,7 @@ def build(folder: RunFolder) -> Training:
         optimizer=optimizer,
         proofs=proofs.found,
         progress=progress,
+        saved_step=progress.step if is_saved else None,
     )
 
 
@@ -167,7 +173,9 @@ class _Proofs:
         self.found.append(proof)
         self.report.proofs(self.found)
         if proof.name in ("targets", "mask") and proof.passed is False:
-            raise EngineError(proof.summary, f"See the Proof {proof.name!r} of the run.")
+            code = ExitCode.DATA if proof.name == "mask" else ExitCode.INPUT
+            hint = f"See the Proof {proof.name!r} of the run."
+            raise EngineError(proof.summary, hint, code=code)
         return proof
 
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -39,11 +39,13 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from studio.disk import RunFolder
-from studio.errors import EngineError, disk_errors
+from studio.domain.outcome import ExitCode
+from studio.errors import EngineError, StudioError, disk_errors
 from studio.whole import whole_folder
 from workers.engine.checkpoint_files import (
     TENSORS,
     flush,
+    give_up,
     make_room,
     publish,
     read_state,
@@ -53,6 +55,7 @@ from workers.engine.lora import adapter_state
 from workers.engine.optimizer_state import fill_state, state_scalars, state_tensors
 from workers.engine.parallel import whole_tensor
 from workers.engine.world import World
+from workers.fence import Fence, fence_of
 
 log = logging.getLogger(__name__)
 
@@ -98,44 +101,49 @@ def save_checkpoint(
         Its folder.
 
     Raises:
-        MachineError: The disk of rank 0 is full or read-only.
-        EngineError: Another rank could not write.
+        FencedError: The run belongs to another worker by now.
+        MachineError: The disk is full or read-only; the Checkpoints before are as they were.
+        EngineError: A rank could not write.
     """
-    folder = run.checkpoint(progress.step)
-    temporary = folder.parent / f".{folder.name}.part"
+    folder, fence = run.checkpoint(progress.step), fence_of(run)
+    # Whoever has taken the run over writes into another one, should this process wake up late.
+    temporary = folder.parent / f".{folder.name}.{fence.epoch}.part"
     optimizer = _inner(optimizer)
     names = _trainable(model)
-    world.from_main(lambda: make_room(temporary))
     tensors = {f"model|{name}": parameter.detach() for name, parameter in names.items()}
     tensors |= state_tensors(optimizer, names)
-    failure: Exception | None = None
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    world.from_main(fence.check)
+    world.from_main(lambda: make_room(temporary, num_bytes))
+    met: Exception | None = None
     try:
         _save_tensors(temporary / TENSORS, tensors)
         _write_rng(temporary / rng_name(world.rank), world)
     # What a rank meets is told to all of them below; alone it would leave the others waiting.
     except Exception as error:  # noqa: BLE001
-        failure = error
-    if world.any(failure is not None):
-        _say_failure(failure)
+        met = error
+    if any(world.vote(met is not None)):
+        _fail_together(temporary, met, num_bytes, world)
     state = {
         "ranks": world.size,
         "progress": asdict(progress),
         "optimizer": state_scalars(optimizer, names),
         "versions": {name: version(name) for name in _PACKAGES},
     }
-    world.from_main(lambda: publish(temporary, folder, state))
+    world.from_main(lambda: publish(temporary, folder, state, fence))
     return folder
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
 ) -> Progress:
     """Bring model, optimizer and random numbers back to where the Checkpoint was saved.
 
     Args:
         folder: A Checkpoint.
         model: Wrapped as it was, on any number of ranks; what trains is overwritten.
-        optimizer: Built as it was.
+        optimizer: Of the kind that it was; its rates and other choices stay its own. None leaves
+            the state of the optimizer out.
         world: The processes of the run, which all call it.
 
     Returns:
@@ -143,13 +151,15 @@ def load_checkpoint(
 
     Raises:
         EngineError: The Checkpoint is incomplete, damaged or of another model.
+        OtherOptimizerError: It is of another optimizer, whose own state is empty then.
     """
     state = world.from_main(lambda: read_state(folder))
-    optimizer = _inner(optimizer)
     names = _trainable(model)
     with _reading(folder):
         _load_weights(folder, names)
-        fill_state(optimizer, names, _stored(folder), state["optimizer"], _loader(folder))
+        if optimizer is not None:
+            scalars = state["optimizer"]
+            fill_state(_inner(optimizer), names, _stored(folder), scalars, _loader(folder))
         _restore_rng(folder, state["ranks"], world)
     if state["versions"] != (now := {name: version(name) for name in _PACKAGES}):
         log.warning("The Checkpoint was saved with %s, this is %s", state["versions"], now)
@@ -169,7 +179,7 @@ def load_weights(folder: Path, model: nn.Module, world: World) -> None:
         _load_weights(folder, _trainable(model))
 
 
-def save_adapter(model: PeftModel, base_id: str, folder: Path) -> None:
+def save_adapter(model: PeftModel, base_id: str, folder: Path, fence: Fence | None = None) -> None:
     """Write the Adapter in PEFT's own layout, whole or not at all; replace an older one.
 
     All ranks call it; rank 0 writes.
@@ -179,8 +189,10 @@ def save_adapter(model: PeftModel, base_id: str, folder: Path) -> None:
         base_id: What adapter_config.json names as its base: the id of the ModelRef, not a path
             on this machine.
         folder: Where the Adapter shall stand.
+        fence: Asked before it stands there.
 
     Raises:
+        FencedError: The run belongs to another worker by now.
         MachineError: The disk is full or read-only.
     """
     tensors = {name: whole_tensor(tensor) for name, tensor in adapter_state(model).items()}
@@ -197,6 +209,8 @@ def save_adapter(model: PeftModel, base_id: str, folder: Path) -> None:
             inner / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
+        if fence is not None:
+            fence.check()
 
 
 # ---- tensors ----------------------------------------------------------------------------------
@@ -270,18 +284,30 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise EngineError(
-            f"The Checkpoint in {folder} cannot be loaded: {error}.", "Start the run anew."
+            f"The Checkpoint in {folder} cannot be loaded: {error}.",
+            "Start the run anew.",
+            code=ExitCode.UNEXPECTED,
         ) from error
 
 
-def _say_failure(failure: Exception | None) -> None:
-    """Raise what this rank met, or that another one met something."""
-    if failure is None:
-        raise EngineError(
-            "Another rank could not write its part of the Checkpoint.", "See log.txt."
+def _fail_together(
+    temporary: Path, met: Exception | None, num_bytes: int, world: World
+) -> NoReturn:
+    """Remove what there is of a Checkpoint and raise what the first rank met, on all of them."""
+    said: StudioError | None = None
+    world.barrier()  # nobody writes any more
+    if met is not None:
+        met = give_up(temporary, met, num_bytes)
+        said = met if isinstance(met, StudioError) else None
+    if world.size > 1 and met is not None and said is None:
+        said = EngineError(
+            f"Rank {world.rank} could not write its part of the Checkpoint: {met}.",
+            "See log.txt.",
+            code=ExitCode.UNEXPECTED,
         )
+    first = world.first_of(said)
     with disk_errors("saving a Checkpoint"):
-        raise failure
+        raise first or met or AssertionError("no rank met anything")
 
 
 # ---- random numbers ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 from studio.disk import RunFolder
 from studio.domain.conversation import Conversation, Kind
 from studio.domain.data_spec import DataSpec
+from studio.domain.outcome import ExitCode
 from studio.domain.spec import JobSpec
 from studio.errors import EngineError
 from studio.intake.canonical import Canonical
@@ -196,6 +197,7 @@ def _checked_sha256(path: Path, dataset: str, name: str) -> str:
             f"The file of {name} cannot be read: {error}.",
             "Add the dataset again; the same content takes its place.",
             "data.dataset",
+            code=ExitCode.DATA,
         ) from error
     # A spec that was written by hand may name it otherwise, and then there is nothing to compare.
     if _SHA256.fullmatch(dataset) and dataset != found:
@@ -204,6 +206,7 @@ def _checked_sha256(path: Path, dataset: str, name: str) -> str:
             f"{found[:12]}..., not {dataset[:12]}...",
             "Add the file that you mean as a new dataset, and choose that.",
             "data.dataset",
+            code=ExitCode.DATA,
         )
     return found
 
@@ -223,6 +226,7 @@ def _kept_out(path: Path, share: float, seed: int) -> np.ndarray:
             f"equal, or there is only one ({len(kept_out)} in all).",
             "Set the evaluation share to 0, or choose an evaluation dataset.",
             "data.eval_share",
+            code=ExitCode.DATA,
         )
     return kept_out
 
@@ -245,9 +249,12 @@ def _refuse_unusable(source: Source, data: DataSpec) -> None:
             f"{first.message}",
             "Drop or correct these conversations, or choose a model whose template accepts them.",
             "data.dataset",
+            code=ExitCode.DATA,
         )
     if not len(source.cache):
-        raise EngineError("The dataset holds no examples.", "Choose another dataset.")
+        raise EngineError(
+            "The dataset holds no examples.", "Choose another dataset.", code=ExitCode.DATA
+        )
     if data.truncation == "refuse":
         _refuse_long(source, data.max_length_tokens)
     if not source.fitted.supervised.any() and len(source.fitted.long):
@@ -257,6 +264,7 @@ def _refuse_unusable(source: Source, data: DataSpec) -> None:
             f"{source.fitted.shortest_needed()}.",
             f"Set the longest example to {source.fitted.shortest_needed()} or more.",
             _FIELD,
+            code=ExitCode.DATA,
         )
 
 
@@ -273,6 +281,7 @@ def _refuse_long(source: Source, max_length_tokens: int) -> None:
         f"Set the longest example to {num_tokens} or more, choose what happens to longer ones "
         "(cut or split), or shorten those lines.",
         _FIELD,
+        code=ExitCode.DATA,
     )
 
 

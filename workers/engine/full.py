@@ -28,6 +28,7 @@ from studio.errors import EngineError, MachineError, disk_errors
 from studio.whole import whole_folder
 from workers.engine.parallel import whole_tensor
 from workers.engine.world import World
+from workers.fence import Fence
 from workers.shards import Shards, find_shards, open_shard
 
 # The published Qwen3.5 holds the text model inside the class that also sees.
@@ -87,7 +88,9 @@ def place_of(key: str) -> Place | None:
     return Place(parameter=f"{match['module']}.{fused}", expert=int(match["expert"]), part=part)
 
 
-def save_full(model: nn.Module, base_folder: Path, folder: Path, world: World) -> None:
+def save_full(
+    model: nn.Module, base_folder: Path, folder: Path, world: World, fence: Fence | None = None
+) -> None:
     """Write a whole Hugging Face folder, whole or not at all; all ranks call it, rank 0 writes.
 
     Shards, names of tensors and dtypes are those of the base, so whatever reads the base reads
@@ -98,8 +101,10 @@ def save_full(model: nn.Module, base_folder: Path, folder: Path, world: World) -
         base_folder: What it was loaded from.
         folder: Where the model shall stand; one that stands there is replaced.
         world: The processes of the run.
+        fence: Asked before it stands there.
 
     Raises:
+        FencedError: The run belongs to another worker by now.
         EngineError: The base lacks a tensor that was trained, or holds it in another shape.
         MachineError: The disk is full or read-only.
     """
@@ -116,6 +121,8 @@ def save_full(model: nn.Module, base_folder: Path, folder: Path, world: World) -
         for name in base.files:
             _write_shard(base, name, parameters, places, inner)
         _copy_others(base_folder, inner)
+        if fence is not None:
+            fence.check()
 
 
 def _write_shard(

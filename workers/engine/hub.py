@@ -11,11 +11,12 @@ from pathlib import Path
 import huggingface_hub
 from httpx2 import HTTPError  # what huggingface_hub >= 2 lets through when the network fails
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoSibling
 
+from studio.domain.outcome import ExitCode
 from studio.domain.spec import ModelRef
-from studio.errors import MachineError, disk_errors
+from studio.errors import EngineError, MachineError, disk_errors
 from studio.hub import hub_errors
 from workers.engine.check_model import check_config, check_folder, no_weights
 
@@ -36,16 +37,26 @@ def download(model: ModelRef, endpoint: str | None = None) -> Path:
         EngineError: The hub cannot be reached or refuses access.
         MachineError: The disk has not the room.
     """
-    revision = model.revision
-    with hub_errors(model.id, revision), disk_errors(f"downloading {model.id}"):
-        # The configuration first: a wrong architecture shall not cost a download of 160 GB.
-        config = hf_hub_download(model.id, "config.json", revision=revision, endpoint=endpoint)
-        check_config(Path(config), model.id)
-        _look_ahead(model, endpoint)
-        folder = snapshot_download(
-            model.id, revision=revision, allow_patterns=_HUB_FILES, endpoint=endpoint
-        )
-    return check_folder(Path(folder), model.id)
+    try:
+        with hub_errors(model.id, model.revision), disk_errors(f"downloading {model.id}"):
+            folder = _fetch(model, endpoint)
+    except EngineError as error:
+        # Whoever has not accepted the terms will be refused again; a network comes back.
+        if not isinstance(error.__cause__, GatedRepoError):
+            error.code = ExitCode.RETRY
+        raise
+    return check_folder(folder, model.id)
+
+
+def _fetch(model: ModelRef, endpoint: str | None) -> Path:
+    # The configuration first: a wrong architecture shall not cost a download of 160 GB.
+    config = hf_hub_download(model.id, "config.json", revision=model.revision, endpoint=endpoint)
+    check_config(Path(config), model.id)
+    _look_ahead(model, endpoint)
+    folder = snapshot_download(
+        model.id, revision=model.revision, allow_patterns=_HUB_FILES, endpoint=endpoint
+    )
+    return Path(folder)
 
 
 def _look_ahead(model: ModelRef, endpoint: str | None) -> None:

@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from studio.domain.lora_spec import LoraSpec
+from studio.domain.outcome import ExitCode
 from studio.domain.targets import TargetModule, selected, target_modules
 from studio.errors import EngineError
 from workers.engine.expert_lora import use_own_experts
@@ -194,6 +195,7 @@ def check_adapted(model: PeftModel, names: Sequence[str]) -> None:
     raise EngineError(
         f"PEFT adapted other layers than the selected ones: {'; '.join(said)}.",
         "This is a fault of the studio or of this version of PEFT; see log.txt.",
+        code=ExitCode.UNEXPECTED,
     )
 
 

@@ -14,12 +14,18 @@ from torch.distributed.tensor import DTensor
 
 from studio.errors import EngineError
 
+# What torch.optim.AdamW keeps for each parameter.
+_ADAMW = frozenset(("step", "exp_avg", "exp_avg_sq"))
 Scalars = dict[str, dict[str, Any]]
 Load = Callable[[Mapping[str, torch.Tensor]], None]
 _PREFIX = "optimizer"
 # Tables of bitsandbytes, always the same and one for all parameters; safetensors refuses tensors
 # that share memory.
 _CONSTANTS = ("qmap1", "qmap2")
+
+
+class OtherOptimizerError(EngineError):
+    """A Checkpoint holds the state of an optimizer of another kind."""
 
 
 def state_tensors(
@@ -59,7 +65,7 @@ def fill_state(
         load: Fills tensors by key, in place.
 
     Raises:
-        EngineError: The state is of another optimizer.
+        OtherOptimizerError: The state is of another optimizer; that of `optimizer` is empty then.
     """
     wanted: dict[str, dict[str, Any]] = {}
     for key, described in stored.items():
@@ -69,6 +75,7 @@ def fill_state(
     if isinstance(optimizer, Optimizer8bit):
         states = _own_states(optimizer, names, wanted)
     else:
+        _refuse_other_fields(wanted, scalars)
         states = {
             name: {field: _like(names[name], described) for field, described in fields.items()}
             for name, fields in wanted.items()
@@ -126,9 +133,23 @@ def _own_states(
                     described.size,
                     described.properties.dtype,
                 ):
-                    raise EngineError(
-                        f"The Checkpoint holds {field} of {name} as another optimizer keeps it.",
-                        "Resume with the optimizer that the run was started with.",
-                        "optim.optimizer",
-                    )
+                    optimizer.state.clear()
+                    raise _other(field, name)
     return states
+
+
+def _refuse_other_fields(
+    wanted: Mapping[str, Mapping[str, Any]], scalars: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for name in {*wanted, *scalars}:
+        odd = _ADAMW ^ {*wanted.get(name, ()), *scalars.get(name, ())}
+        if odd:
+            raise _other(min(odd), name)
+
+
+def _other(field: str, name: str) -> OtherOptimizerError:
+    return OtherOptimizerError(
+        f"The Checkpoint holds {field} of {name} as another optimizer keeps it.",
+        "Resume with the optimizer that the run was started with.",
+        "optim.optimizer",
+    )

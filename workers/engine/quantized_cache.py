@@ -27,8 +27,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from studio.disk import take_lock, write_whole
+from studio.disk import write_whole
 from studio.errors import disk_errors
+from studio.locks import take_lock
 from studio.whole import whole_folder
 from workers.engine.quantize import four_bit_tensors
 

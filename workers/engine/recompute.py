@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from studio.domain.budget import CONTEXT_BYTES
+from studio.domain.outcome import ExitCode
 from studio.errors import EngineError
 from workers.engine.lora import base_of
 
@@ -37,6 +38,7 @@ def apply_recompute(model: PeftModel | PreTrainedModel, layers: Collection[int])
         raise EngineError(
             f"Layer {missing[0]} cannot be recomputed: the model has {len(there)} layers, from 0.",
             "This is a fault of the studio; see log.txt.",
+            code=ExitCode.UNEXPECTED,
         )
     if not layers:
         base.activation_checkpointing_disable()  # type: ignore[no-untyped-call]

@@ -1,6 +1,7 @@
-"""What rank 0 tells the outside: stage, metrics, proofs, and how the run ended."""
+"""What rank 0 tells the outside: stage, metrics, events, proofs, and how the run ended."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -17,12 +18,17 @@ from studio.domain.metrics import StepRecord
 from studio.domain.proof import Proof, Proofs
 from studio.domain.sample import Sample
 from studio.errors import disk_errors
+from workers.fence import fence_of
 
+Event = Literal["began", "saved", "evaluated", "passed over"]
 PACKAGES = ("delta-studio", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 class Reporter:
-    """Writes the files of a run folder that other processes read.
+    """Writes the files of a run folder that other processes read, as long as it is ours.
+
+    Once another worker has taken the run over nothing is written, silently: all ranks end
+    together, at their next vote.
 
     Args:
         run: The run folder.
@@ -30,8 +36,13 @@ class Reporter:
     """
 
     def __init__(self, run: RunFolder, *, speaks: bool = True) -> None:
-        self._run, self._speaks = run, speaks
+        self._run, self._is_main = run, speaks
+        self._fence = fence_of(run)
         self._start = time.monotonic()
+
+    @property
+    def _speaks(self) -> bool:
+        return self._is_main and not self._fence.is_lost()
 
     def begin(self) -> None:
         """Remove how an earlier attempt at the same run ended, and what it had proved."""
@@ -51,9 +62,12 @@ class Reporter:
         for path in (self._run.metrics, self._run.samples):
             if not path.exists():
                 continue
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            text = path.read_text(encoding="utf-8", errors="replace")
+            lines = text.splitlines(keepends=True)
             kept = "".join(line for line in lines if _is_until(line, step))
-            write_whole(path, kept)
+            # A new file makes whoever follows it begin again.
+            if kept != text:
+                write_whole(path, kept)
 
     def stage(self, stage: str, detail: str = "") -> None:
         """Say what the engine does now."""
@@ -83,6 +97,32 @@ class Reporter:
         text = "".join(sample.model_dump_json() + "\n" for sample in samples)
         with disk_errors("writing samples"), self._run.samples.open("a", encoding="utf-8") as file:
             file.write(text)
+
+    def event(self, kind: Event, step: int | None, text: str) -> None:
+        """Append what happened to events.jsonl, as one write.
+
+        Args:
+            kind: As in `studio.disk`.
+            step: Steps done.
+            text: One sentence for a person.
+
+        Raises:
+            MachineError: The disk is full or read-only.
+        """
+        if not self._speaks:
+            return
+        epoch = self._fence.epoch
+        values = {"at": time.time(), "epoch": epoch, "kind": kind, "step": step, "text": text}
+        with disk_errors("writing events"), self._run.events.open("ab+") as file:
+            # An attempt that was killed while it wrote has left half a line.
+            if file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps(values).encode() + b"\n")
+
+    def passed_over(self, step: int, damage: str) -> None:
+        """Append that a damaged Checkpoint was not believed."""
+        text = f"The Checkpoint of step {step} was passed over: {damage}."
+        self.event("passed over", step, text)
 
     def proofs(self, proofs: Sequence[Proof]) -> None:
         """Write all Proofs measured so far."""
@@ -118,8 +158,12 @@ class Reporter:
 
 
 def _is_until(line: str, step: int) -> bool:
-    # The last line may be half: the process was killed while it wrote it.
-    return line.endswith("}\n") and int(json.loads(line)["step"]) <= step
+    # The last line may be half: the process was killed while it wrote it. After a loss of power
+    # there may be anything.
+    try:
+        return line.endswith("}\n") and int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def peak_memory_bytes() -> int:

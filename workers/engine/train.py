@@ -6,14 +6,9 @@ never stopped. Every process of a run comes through here; rank 0 alone writes.
 """
 
 import logging
-import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import chain
-from types import FrameType
 
 import torch
 from peft import PeftModel
@@ -22,7 +17,6 @@ from transformers import PreTrainedModel
 from studio.disk import RunFolder
 from studio.domain import metrics
 from studio.domain.sample import Sample
-from studio.errors import EngineError
 from workers.engine.batches import MicroBatch, collate
 from workers.engine.build import Training, build
 from workers.engine.checkpoint import load_weights, save_adapter, save_checkpoint
@@ -30,6 +24,7 @@ from workers.engine.checkpoint_files import prune
 from workers.engine.evaluate import evaluation_loss, is_hopeless
 from workers.engine.full import save_full
 from workers.engine.full_proofs import prove_full_learned
+from workers.engine.health import refuse_no_signal, refuse_not_finite
 from workers.engine.lora import base_of
 from workers.engine.lora_proofs import prove_learned
 from workers.engine.loss import batch_loss
@@ -38,18 +33,13 @@ from workers.engine.optim import learning_rate_at, set_learning_rate
 from workers.engine.parallel import clip_gradients
 from workers.engine.proofs import prove_loss, prove_throughput
 from workers.engine.samples import sample_replies
+from workers.engine.wishes import Agreed, StopWish, Wishes, stop_wish
+from workers.fence import fence_of
 
 log = logging.getLogger(__name__)
 
 # Note of a Checkpoint: the step of the latest evaluation.
 _EVALUATED = "evaluated_at"
-
-
-@dataclass(slots=True)
-class StopWish:
-    """Whether somebody asked the run to stop."""
-
-    is_there: bool = False
 
 
 def train(folder: RunFolder) -> None:
@@ -62,9 +52,10 @@ def train(folder: RunFolder) -> None:
         InputError: The spec, the dataset or the model is wrong.
         EngineError: The run cannot go on; the message says why.
         MachineError: The disk is full or read-only.
+        FencedError: Another worker has taken the run over.
     """
     training = build(folder)
-    with _stop_wish() as wish:
+    with stop_wish() as wish:
         loop(training, wish)
         stop(training)
     training.world.close()
@@ -73,23 +64,62 @@ def train(folder: RunFolder) -> None:
 def loop(training: Training, wish: StopWish) -> None:
     """Take steps until the last one, until somebody asks to stop, or until it is hopeless."""
     spec, order, progress = training.spec, training.order, training.progress
+    wishes = Wishes(training.folder, training.world, wish)
     # A run that was stopped behind a step had no time to evaluate there.
     if progress.notes.get(_EVALUATED) != progress.step and _is_evaluated(training, progress.step):
         evaluate(training)
+        _save_best(training)
     training.report.stage("training", f"{order.total_steps} steps")
+    training.saved_at = time.monotonic()
     for micro_batches in order.steps(progress.step):
         if is_hopeless(progress.evaluations, spec.eval.patience):
             log.info("The evaluation loss was no better %s times in a row", spec.eval.patience)
             return
         step(training, micro_batches)
-        if training.world.any(wish.is_there):
+        agreed = wishes.agree(save_is_due=_save_is_due(training))
+        if agreed.stop:
             return
-        if _is_evaluated(training, progress.step):
-            evaluate(training)
-            if spec.eval.patience is not None and training.best == progress.step:
-                save(training)
-        if spec.train.save_steps and progress.step % spec.train.save_steps == 0:
-            save(training)
+        is_planned = _is_evaluated(training, progress.step)
+        if agreed.evaluate or is_planned:
+            loss = evaluate(training, is_planned=is_planned)
+            if agreed.evaluate:
+                training.report.event("evaluated", progress.step, _answer(training, loss))
+            if is_planned:
+                _save_best(training)
+        _save_as_agreed(training, agreed)
+
+
+def _save_as_agreed(training: Training, agreed: Agreed) -> None:
+    chosen, step = training.spec.train, training.progress.step
+    if agreed.save:
+        save(training, "as asked")
+    elif chosen.save_steps and step % chosen.save_steps == 0:
+        save(training, f"as every {chosen.save_steps} steps")
+    elif agreed.save_is_due:
+        save(training, f"as {chosen.save_minutes:g} minutes were over")
+
+
+def _save_is_due(training: Training) -> bool:
+    """Tell whether the next step could end later than the spec lets a Checkpoint wait."""
+    minutes, now = training.spec.train.save_minutes, time.monotonic()
+    return minutes is not None and now - training.saved_at + training.seconds[-1] >= 60 * minutes
+
+
+def _save_best(training: Training) -> None:
+    """Keep the weights of the best evaluation, where they may become the Adapter."""
+    step, patience = training.progress.step, training.spec.eval.patience
+    if step and patience is not None and training.best == step:
+        save(training, "as its evaluation is the best so far")
+
+
+def _answer(training: Training, loss: float | None) -> str:
+    """Return what whoever asked for an evaluation is told."""
+    number = training.progress.step
+    if loss is not None:
+        return f"Evaluated at step {number}: loss {loss:.4f}."
+    if training.spec.eval.prompts:
+        return f"The sample prompts were asked at step {number}."
+    return "There is nothing to evaluate: neither evaluation examples nor sample prompts."
 
 
 def _is_evaluated(training: Training, step: int) -> bool:
@@ -101,9 +131,19 @@ def _is_evaluated(training: Training, step: int) -> bool:
     return step % every == 0 or step == order.total_steps
 
 
-def evaluate(training: Training) -> None:
-    """Measure the loss on what is never trained on, ask the sample prompts, and report both."""
+def evaluate(training: Training, *, is_planned: bool = True) -> float | None:
+    """Measure the loss on what is never trained on, ask the sample prompts, and report both.
+
+    Args:
+        training: What is trained.
+        is_planned: Whether the spec says so. What somebody asked for is shown, but does not count
+            for early stopping, or asking would change what the run learns.
+
+    Returns:
+        The loss; None where there is nothing to measure it on.
+    """
     spec, progress, report = training.spec, training.progress, training.report
+    loss: float | None = None
     if training.evaluation is not None:
         report.stage("evaluating", f"{len(training.evaluation)} examples")
         loss = evaluation_loss(
@@ -113,7 +153,8 @@ def evaluate(training: Training) -> None:
             micro_batch_size=spec.batch.micro_batch_size,
             pad_token_id=training.pad_token_id,
         )
-        progress.evaluations.append((progress.step, loss))
+        if is_planned:
+            progress.evaluations.append((progress.step, loss))
         values = {metrics.EVAL_LOSS: loss}
         report.step(progress.step, training.order.total_steps, values)
     if spec.eval.prompts:
@@ -121,7 +162,9 @@ def evaluate(training: Training) -> None:
         replies: list[Sample] = training.root(_ask, training)
         report.samples(replies)
     progress.notes[_EVALUATED] = progress.step
+    training.saved_step = None
     report.stage("training", f"{training.order.total_steps} steps")
+    return loss
 
 
 def _ask(model: PeftModel | PreTrainedModel, training: Training) -> list[Sample]:
@@ -148,7 +191,8 @@ def step(training: Training, micro_batches: Sequence[Sequence[int]]) -> None:
     loss = float(losses.sum())
     parameters = [p for p in training.model.parameters() if p.requires_grad]
     norm = clip_gradients(parameters, spec.optim.max_grad_norm)
-    _refuse_not_finite(training, micro_batches, losses.tolist(), norm)
+    refuse_not_finite(training, micro_batches, losses.tolist(), norm)
+    refuse_no_signal(training, norm)
     rate = learning_rate_at(spec.optim, number, total_steps)
     set_learning_rate(training.optimizer, rate)
     training.optimizer.step()
@@ -195,14 +239,26 @@ def _noisy_loss(
         return batch_loss(model, batch, num_supervised)
 
 
-def save(training: Training) -> None:
-    """Save a Checkpoint at the present step, and remove those that are not kept."""
-    spec, folder = training.spec, training.folder
-    training.report.stage("saving a checkpoint", f"step {training.progress.step}")
+def save(training: Training, why: str) -> None:
+    """Save a Checkpoint at the present step, and remove those that are not kept.
+
+    Nothing is done where one was saved, or gone on from, since anything has changed.
+
+    Args:
+        training: What is trained.
+        why: For a person, as in "as every 100 steps".
+    """
+    spec, folder, step = training.spec, training.folder, training.progress.step
+    if training.saved_step == step:
+        return
+    training.report.stage("saving a checkpoint", f"step {step}")
     save_checkpoint(folder, training.model, training.optimizer, training.world, training.progress)
     best = training.best if spec.eval.patience is not None else None
     keep = spec.train.keep_checkpoints
+    training.world.from_main(fence_of(folder).check)
     training.world.from_main(lambda: len(prune(folder.checkpoints, keep, best)))
+    training.saved_step, training.saved_at = step, time.monotonic()
+    training.report.event("saved", step, f"Checkpoint of step {step} saved, {why}.")
     training.report.stage("training", f"{training.order.total_steps} steps")
 
 
@@ -211,7 +267,7 @@ def stop(training: Training) -> None:
     spec, progress, world = training.spec, training.progress, training.world
     done, total_steps = progress.step, training.order.total_steps
     is_over = done == total_steps or is_hopeless(progress.evaluations, spec.eval.patience)
-    save(training)
+    save(training, "as the run is over" if is_over else "as the run was stopped")
     kept = _kept_step(training) if is_over else None
     if kept is not None:
         training.report.stage("going back to the best evaluation", f"step {kept}")
@@ -220,6 +276,7 @@ def stop(training: Training) -> None:
     training.proofs.append(prove_loss(progress.losses, progress.evaluations, kept_step=kept))
     training.proofs.append(prove_throughput(training.seconds, training.tokens))
     training.report.proofs(training.proofs)
+    world.from_main(fence_of(training.folder).check)
     training.report.result(
         "FINISHED" if is_over else "STOPPED",
         step=done,
@@ -242,64 +299,16 @@ def _kept_step(training: Training) -> int | None:
 def _save_result(training: Training) -> None:
     """Write the Adapter, or the whole model when all of it was trained, and its Proof."""
     model, world, folder = training.model, training.world, training.folder
+    fence = fence_of(folder)
+    world.from_main(fence.check)
     if isinstance(model, PeftModel):
         training.report.stage("saving the adapter")
-        save_adapter(model, training.spec.model.id, folder.adapter)
+        save_adapter(model, training.spec.model.id, folder.adapter, fence)
         # Gathers weights that are shared out, so every rank takes part.
         training.proofs.append(prove_learned(model, training.spec.lora))
         return
     training.report.stage("saving the model")
-    save_full(model, training.base_folder, folder.model, world)
+    save_full(model, training.base_folder, folder.model, world, fence)
     training.proofs.append(
         world.from_main(lambda: prove_full_learned(folder.model, training.base_folder))
     )
-
-
-def _refuse_not_finite(
-    training: Training,
-    micro_batches: Sequence[Sequence[int]],
-    losses: Sequence[float],
-    norm: float,
-) -> None:
-    wrong = [number for number, loss in enumerate(losses) if not math.isfinite(loss)]
-    if not wrong and math.isfinite(norm):
-        return
-    what = f"loss is {sum(losses)}" if wrong else f"gradient norm is {norm}"
-    held = "micro-batches whose loss is not finite" if wrong else "step"
-    _refuse_damaged_base(training)
-    suspects = [micro_batches[number] for number in wrong] or micro_batches
-    places = sorted({training.examples.place_of(i) for i in chain.from_iterable(suspects)})
-    lines = ", ".join(training.examples.name_of(place) for place in places)
-    raise EngineError(
-        f"The {what} at step {training.progress.step + 1}; the weights were left as they were "
-        f"before it. The {held} held these lines of the dataset: {lines}.",
-        "Lower the learning rate; if it happens at step 1, look at those lines.",
-        "optim.learning_rate",
-    )
-
-
-def _refuse_damaged_base(training: Training) -> None:
-    """Say so where no data and no rate is to blame: weights that were no numbers from the start."""
-    for name, parameter in training.model.named_parameters():
-        is_base = not parameter.requires_grad and parameter.is_floating_point()
-        if is_base and not torch.isfinite(parameter).all():
-            raise EngineError(
-                f"The base weights hold values that are no numbers, the first in {name}.",
-                "Compare the files with the published ones; a download may be damaged.",
-                "model.id",
-            )
-
-
-@contextmanager
-def _stop_wish() -> Iterator[StopWish]:
-    """Turn SIGTERM into a wish that the loop reads between steps."""
-    wish = StopWish()
-
-    def note(_signal: int, _frame: FrameType | None) -> None:
-        wish.is_there = True
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield wish
-    finally:
-        signal.signal(signal.SIGTERM, before)

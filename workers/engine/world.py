@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from accelerate.utils.environment import CPUInformation, get_cpu_distributed_information
 
+from studio.domain.outcome import ExitCode
 from studio.domain.train_spec import TrainSpec
-from studio.errors import EngineError, InputError, MachineError, StudioError
+from studio.errors import EngineError, InputError, StudioError
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +70,25 @@ class World:
             dist.all_reduce(total)
         return total
 
-    def any(self, wish: bool) -> bool:
-        """Return whether any rank says yes.
+    def vote(self, *wishes: bool) -> tuple[bool, ...]:
+        """Return of each wish whether any rank has it.
 
-        SIGTERM reaches the ranks at different moments: asked once a step, at the same place, all
-        of them stop behind the same step.
+        SIGTERM reaches the ranks at different moments, and rank 0 alone reads what else is asked
+        for: voting once a step, at the same place, all of them do the same behind the same step.
         """
         if self.size == 1:
-            return wish
-        votes = torch.tensor(int(wish), device=self.device)
+            return wishes
+        votes = torch.tensor([int(wish) for wish in wishes], device=self.device)
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes)
+        return tuple(bool(vote) for vote in votes.tolist())
+
+    def first_of(self, error: StudioError | None) -> StudioError | None:
+        """Return on every rank what the first of those met that met anything."""
+        if self.size == 1:
+            return error
+        met: list[StudioError | None] = [None] * self.size
+        dist.all_gather_object(met, error)
+        return next((one for one in met if one is not None), None)
 
     def from_main(self, decide: Callable[[], T]) -> T:
         """Return on every rank what `decide` returns on rank 0; it runs there alone.
@@ -90,22 +99,22 @@ class World:
         if self.size == 1:
             return decide()
         said: list[Any] = [None, None]
-        unexpected: Exception | None = None
+        met: Exception | None = None
         if self.is_main:
             try:
                 said[0] = decide()
             except StudioError as error:
-                said[1] = (type(error).__name__, error.message, error.hint, error.field)
+                met = said[1] = error
             except Exception as error:  # noqa: BLE001  # raised again below, once the others know
-                unexpected = error
-                said[1] = ("EngineError", f"Rank 0 failed: {error}.", "See log.txt.", "")
+                met = error
+                said[1] = EngineError(
+                    f"Rank 0 failed: {error}.", "See log.txt.", code=ExitCode.UNEXPECTED
+                )
         dist.broadcast_object_list(said, src=0, device=self.device)
-        if unexpected is not None:
-            raise unexpected
+        if met is not None:
+            raise met
         if said[1] is not None:
-            name, message, hint, field = said[1]
-            known = {cls.__name__: cls for cls in (InputError, MachineError, EngineError)}
-            raise known.get(name, EngineError)(message, hint, field)
+            raise said[1]
         return said[0]  # type: ignore[no-any-return]
 
     def main_first(self, act: Callable[[], T]) -> T:

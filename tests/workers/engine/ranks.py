@@ -165,6 +165,8 @@ def agree(case: Case, world: World) -> None:
         world.from_main(refuse)
     except InputError as error:
         refusal = error.message
+    last = world.rank == world.size - 1
+    met = world.first_of(InputError("The last one met it.", code=65) if last else None)
     cache = case.out / "cache"
     is_filled = world.main_first(lambda: _fill(cache))
     root, _ = build(case, world)
@@ -175,7 +177,8 @@ def agree(case: Case, world: World) -> None:
     told = {
         "refusal": refusal,
         "is_filled": is_filled,
-        "any": [world.any(world.rank == world.size - 1), world.any(False)],
+        "met": (met.message, met.code) if met else None,
+        "vote": world.vote(last, False, world.rank == 0),
         "main": world.from_main(lambda: world.rank),
         "reply": reply.tolist(),
         "loss": float(loss),

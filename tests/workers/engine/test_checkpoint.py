@@ -249,6 +249,9 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
     with pytest.raises(EngineError, match="as another optimizer keeps it") as caught:
         Run(base, world, "adamw_8bit").load(checkpoints / "step-000003")
     assert caught.value.field == "optim.optimizer"
+    eight = Run(base, world, "adamw_8bit").train(1).save(checkpoints.parent)
+    with pytest.raises(EngineError, match="as another optimizer keeps it"):
+        Run(base, world).load(eight)
 
 
 def test_an_older_format_is_refused_in_a_sentence(
@@ -266,7 +269,7 @@ def test_a_save_that_fails_leaves_the_older_one(
 ) -> None:
     run = Run(base, world).load(checkpoints / "step-000003")
     # What a save is written into first stands in the way as a file in its place.
-    (checkpoints / ".step-000003.part").write_text("")
+    (checkpoints / ".step-000003.0.part").write_text("")
     with pytest.raises(MachineError, match="cannot be written"):
         run.save(checkpoints.parent)
     assert damage_of(checkpoints / "step-000003") == ""

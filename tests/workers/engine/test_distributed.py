@@ -174,7 +174,8 @@ def test_ranks_hear_of_each_other(trained: Trained) -> None:
     first, second = _agreed(trained.two, 2)
     for told in (first, second):
         assert told["refusal"] == "Rank 0 said no."
-        assert told["any"] == [True, False]
+        assert told["met"] == ["The last one met it.", 65]
+        assert told["vote"] == [True, False, True]
         assert told["main"] == 0
     assert [told["is_filled"] for told in (first, second)] == [False, True]
     assert first["dropout"] != second["dropout"]

@@ -55,8 +55,10 @@ def test_failures_are_words_and_an_exit_code(make_run: MakeRun) -> None:
     assert error["type"] == "InputError"
     assert error["message"].startswith("lora.rank is 0")
     assert error["hint"] == "Correct the fields named here."
+    assert error["code"] == 64
     error = json.loads(faulty.error.read_text())
     assert error["type"] == "IsADirectoryError"
+    assert error["code"] == 1
     assert error["hint"] == "This is a fault of the studio; see log.txt."
     assert "Traceback" in faulty.log.read_text()
     assert not wrong.result.exists()

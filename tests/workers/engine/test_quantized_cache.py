@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from studio.disk import take_lock
+from studio.locks import take_lock
 from tests.workers.engine.checkpoints import CONFIGS, write_checkpoint
 from workers.engine import quantized_cache
 from workers.engine.coverage import prove_coverage

@@ -12,7 +12,8 @@ from studio.disk import RunFolder
 from tests.workers.engine.conftest import FAMILIES, MakeRun
 from tests.workers.engine.test_train import losses, proofs, records
 from workers.engine.build import Training, build
-from workers.engine.train import StopWish, loop, stop, train
+from workers.engine.train import loop, stop, train
+from workers.engine.wishes import StopWish
 
 
 class StopAfter(StopWish):
@@ -126,6 +127,10 @@ def test_a_damaged_checkpoint_is_passed_over(make_run: MakeRun) -> None:
     (run.checkpoint(3) / "state.json").write_text("{}")
 
     assert build(run).progress.step == 2
+    *_, passed_over, began = [json.loads(line) for line in run.events.read_text().splitlines()]
+    assert (passed_over["kind"], passed_over["step"]) == ("passed over", 3)
+    assert "The Checkpoint of step 3 was passed over: state.json has 2 of" in passed_over["text"]
+    assert (began["kind"], began["step"]) == ("began", 2)
 
 
 def test_only_as_many_checkpoints_as_asked_for_are_kept(make_run: MakeRun) -> None:

@@ -40,8 +40,8 @@ def test_one_process_needs_no_group(world: World) -> None:
 def test_alone_everything_is_as_given(world: World) -> None:
     value = torch.tensor([1.5, 2.0])
     assert torch.equal(world.sum(value), value)
-    assert world.any(True)
-    assert not world.any(False)
+    assert world.vote(True, False) == (True, False)
+    assert world.first_of(None) is None
     assert world.from_main(lambda: {"step": 3}) == {"step": 3}
     assert world.main_first(lambda: 4) == 4
     world.barrier()
