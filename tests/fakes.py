@@ -4,6 +4,7 @@ from pathlib import Path
 
 from studio.disk import Home
 from studio.dispatch import Bell
+from studio.files import Files
 from studio.services.studio import Studio
 from studio.settings import Settings
 from studio.store import leases
@@ -31,8 +32,10 @@ class FakeDispatch:
             Bell.MERGE: ArtifactRow,
             Bell.SERVE: ChatRow,
         }
-        with Database(self._database.path).read() as session:
+        other = Database(self._database.path, self._database.url)
+        with other.read() as session:
             self.waiting_when_rung.append(leases.queued(session, tables[bell]))
+        other.close()
         self.rung.append(bell)
 
 
@@ -61,4 +64,5 @@ def make_studio(home_folder: Path, verdicts: Path | None = None) -> Studio:
         dispatch=FakeDispatch(database),
         settings=Settings(home=home_folder),
         inspector=Inspector(home.verdicts),
+        files=Files(home),
     )

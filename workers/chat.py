@@ -1,4 +1,4 @@
-"""Serve one Chat: a loaded base and what was trained on it, over HTTP on loopback.
+"""Serve one Chat: a loaded base and what was trained on it, over HTTP, on loopback by default.
 
     python -m workers.chat CHAT_DIR
 
@@ -69,7 +69,7 @@ def serve(folder: OrderFolder) -> None:
     tell_stage(folder, "loading", order.model.id, 0.0)
     speakers = load_speakers(order, folder.home)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.bind((order.host, 0))
         # Before ready.json is written, so that whoever reads it can connect.
         listener.listen()
         lifespan = _announced(folder, listener.getsockname()[1], speakers)

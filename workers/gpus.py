@@ -4,12 +4,16 @@
 """
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 
-_QUERY = "index,name,memory.total,memory.used"
+logger = logging.getLogger(__name__)
+
+_QUERY = "index,uuid,name,memory.total,memory.used"
+_ANSWER_SECONDS = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,9 +21,17 @@ class Gpu:
     """One card; its memory is None where the driver does not tell."""
 
     index: int
+    uuid: str
     name: str
     total_gib: float | None
     used_gib: float | None
+
+    @property
+    def free_gib(self) -> float | None:
+        """Memory that nobody uses."""
+        if self.total_gib is None or self.used_gib is None:
+            return None
+        return self.total_gib - self.used_gib
 
 
 def inventory() -> list[Gpu]:
@@ -27,28 +39,31 @@ def inventory() -> list[Gpu]:
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
-    answer = subprocess.run(
-        [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
-        capture_output=True,
-        text=True,
-        timeout=20,
-        check=False,
-    )
+    command = [program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("nvidia-smi does not answer: %s", error)
+        return []
     return parse(answer.stdout) if answer.returncode == 0 else []
 
 
 def parse(text: str) -> list[Gpu]:
-    """Parse nvidia-smi's CSV; memory comes in MiB, or as [N/A] where it is the machine's own."""
+    """Parse nvidia-smi's CSV; memory comes in MiB, or as [N/A] where it is the machine's own.
+
+    A card that has fallen off the bus is told in other words than a line of values; it is left out.
+    """
     cards = []
     for line in text.splitlines():
-        index, name, total, used = (part.strip() for part in line.split(","))
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) != len(_QUERY.split(",")) or not parts[0].isdecimal():
+            logger.warning("nvidia-smi says: %s", line)
+            continue
+        index, uuid, name, total, used = parts
         cards.append(
-            Gpu(
-                index=int(index),
-                name=name,
-                total_gib=_gib(total),
-                used_gib=_gib(used),
-            )
+            Gpu(index=int(index), uuid=uuid, name=name, total_gib=_gib(total), used_gib=_gib(used))
         )
     return cards
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,18 @@ from typing import Any
 from studio.disk import RunFolder, write_whole
 from studio.domain.spec import JobSpec
 from studio.errors import InputError, disk_errors
+from workers.mortal import PARENT
 
 logger = logging.getLogger(__name__)
 
+TRAINER = "workers.engine"
 MARK = "STUDIO_RUN"
 UNEXPLAINED = "Unexplained"
 STOP_GRACE_SECONDS = 60.0
 PROC = Path("/proc")
+# A log that grows beyond this is cut: what it began with goes, its end stays.
+MAX_LOG_BYTES = 64 * 2**20
+KEPT_LOG_BYTES = 8 * 2**20
 
 
 def prepare_run(folder: RunFolder, spec: JobSpec) -> None:
@@ -48,7 +54,7 @@ def prepare_run(folder: RunFolder, spec: JobSpec) -> None:
                     "Add the dataset again; the same content takes its place.",
                 )
             _link(folder.datasets / dataset.name, dataset)
-        for old in (folder.result, folder.error):
+        for old in (folder.result, folder.error, folder.wishes, folder.stage):
             old.unlink(missing_ok=True)
         # The Dataset of runs that name no other, as `python -m workers.engine` takes it too.
         _link(folder.dataset, folder.home.dataset(spec.data.dataset))
@@ -78,30 +84,46 @@ class Outcome:
         """Whether the process ended without a word."""
         return self.error is not None and self.error.get("type") == UNEXPLAINED
 
+    @property
+    def code(self) -> int:
+        """The exit code of the rank that failed; torchrun's own is always 1."""
+        return int((self.error or {}).get("code", self.exit_code))
 
-def trainer_command(run_folder: Path, num_gpus: int) -> list[str]:
-    """Return the command of one training run: torchrun with one rank per GPU, one on a CPU."""
+
+def trainer_command(run_folder: Path, num_gpus: int, module: str = TRAINER) -> list[str]:
+    """Return the command of one training run: torchrun with one rank per GPU, one on a CPU.
+
+    Args:
+        run_folder: Its folder.
+        num_gpus: Ranks; 0 is one rank on the CPU.
+        module: What every rank executes.
+    """
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "workers.agent",
         "--standalone",
         f"--nproc-per-node={max(1, num_gpus)}",
         "--max-restarts=0",
         f"--shutdown-timeout={STOP_GRACE_SECONDS:.0f}",
         "-m",
-        "workers.engine",
+        module,
         str(run_folder),
     ]
 
 
 def module_command(module: str, folder: Path) -> list[str]:
     """Return the command of a merge or a chat process."""
-    return [sys.executable, "-m", module, str(folder)]
+    return [sys.executable, "-m", "workers.tied", module, str(folder)]
 
 
 def launch(
-    command: Sequence[str], *, mark: str, log: Path, threads: int = 0
+    command: Sequence[str],
+    *,
+    mark: str,
+    log: Path,
+    threads: int = 0,
+    more: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a process in its own session, its output appended to a log file.
 
@@ -110,11 +132,13 @@ def launch(
         mark: Value of STUDIO_RUN in its environment.
         log: File for its standard output and error.
         threads: OMP_NUM_THREADS of the process; 0 = half of the cores, at least two.
+        more: Further variables of its environment.
 
     Returns:
         The process.
     """
     environment = child_environment(os.environ, mark=mark, threads=threads)
+    environment |= {PARENT: str(os.getpid()), **(more or {})}
     with log.open("ab") as output:
         return subprocess.Popen(
             command,
@@ -192,7 +216,12 @@ def kill_marked(mark: str) -> list[int]:
 
 def marked(mark: str) -> Iterator[int]:
     """Yield the process numbers that carry a mark, zombies excepted."""
-    wanted = f"{MARK}={mark}".encode()
+    return (pid for pid, found in all_marks() if found == mark)
+
+
+def all_marks() -> Iterator[tuple[int, str]]:
+    """Yield every process of this user that carries a mark, with the mark, zombies excepted."""
+    wanted = f"{MARK}=".encode()
     for entry in PROC.iterdir():
         if not entry.name.isdecimal() or int(entry.name) == os.getpid():
             continue
@@ -200,8 +229,34 @@ def marked(mark: str) -> Iterator[int]:
             environment = (entry / "environ").read_bytes()
         except (PermissionError, FileNotFoundError, ProcessLookupError):
             continue
-        if wanted in environment.split(b"\0"):
-            yield int(entry.name)
+        for variable in environment.split(b"\0"):
+            if variable.startswith(wanted):
+                yield int(entry.name), variable[len(wanted) :].decode(errors="replace")
+
+
+def dump_stacks(mark: str) -> None:
+    """Ask every process of a mark to write where its threads are into its log."""
+    for pid in list(marked(mark)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR1)
+
+
+def head_log(log: Path, title: str) -> None:
+    """Write a line between two tries of the same Run: their logs stand one after the other."""
+    with disk_errors("writing the log"), log.open("a", encoding="utf-8") as file:
+        file.write(f"---- {title} ----\n")
+
+
+def cut_log(log: Path) -> None:
+    """Keep a log from filling the disk; whoever appends to it goes on behind what is left."""
+    if not log.exists() or log.stat().st_size <= MAX_LOG_BYTES:
+        return
+    with log.open("r+b") as file:
+        file.seek(-KEPT_LOG_BYTES, os.SEEK_END)
+        tail = file.read()
+        file.truncate(0)
+    with log.open("ab") as file:
+        file.write(b"... (the log was too long; what came before is cut off)\n" + tail)
 
 
 def outcome(exit_code: int, *, result: Path, error: Path) -> Outcome:
@@ -220,15 +275,19 @@ def outcome(exit_code: int, *, result: Path, error: Path) -> Outcome:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None when there is no such file."""
+    """Return the object in a JSON file; None when there is none, or the disk has damaged it."""
     if not path.exists():
         return None
-    values = json.loads(path.read_text(encoding="utf-8"))
-    return dict(values)
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        logger.error("%s cannot be read: %s", path, error)
+        return None
 
 
 def _unexplained(exit_code: int) -> dict[str, Any]:
-    if exit_code == -signal.SIGKILL:
+    # The negative one is of a process of ours, the other of a rank, as workers.agent tells it.
+    if exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         message = "The process was killed by the system, most often for want of memory."
         hint = "Choose a smaller micro-batch, a shorter length or a smaller model; see the log."
     else:

@@ -83,7 +83,7 @@ def test_a_child_finds_the_packages_and_keeps_the_paths_it_had() -> None:
 
 
 def test_a_trainer_has_one_rank_a_card_and_one_on_a_cpu() -> None:
-    ranks = {gpus: launcher.trainer_command(Path("/r"), gpus)[4] for gpus in (0, 1, 8)}
+    ranks = {gpus: launcher.trainer_command(Path("/r"), gpus, "m")[4] for gpus in (0, 1, 8)}
     assert ranks == {0: "--nproc-per-node=1", 1: "--nproc-per-node=1", 8: "--nproc-per-node=8"}
 
 

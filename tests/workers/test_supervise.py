@@ -14,11 +14,12 @@ from studio.domain.metrics import Point
 from studio.domain.run import RunState
 from studio.errors import MachineError
 from studio.store import leases, runs
+from studio.store.clock import lease_now
 from studio.store.rows import RunRow
 from tests.rows import add_run, claim, get_run, make_shop, put_back
 from workers import launcher
 from workers.app import Shop
-from workers.supervise import RENEW_SECONDS, News, end, supervise
+from workers.supervise import RENEW_SECONDS, News, Work, end, supervise
 
 SLEEP = "import time; time.sleep(600)"
 # Ends with 7 when it is asked to stop; says in argv[1] that it listens.
@@ -55,7 +56,7 @@ def nothing() -> News:
 
 def stopping(shop: Shop, lease: leases.Lease) -> bool:
     with shop.database.write() as session:
-        return leases.move(session, RunRow, lease.id, RunState.STOPPING, now=time.time())
+        return leases.move(session, RunRow, lease.id, RunState.STOPPING)
 
 
 @pytest.mark.parametrize("code", [0, 64])
@@ -63,7 +64,7 @@ def test_the_exit_code_of_the_process_is_returned(
     shop: Shop, lease: leases.Lease, code: int
 ) -> None:
     process = launch(shop, lease, f"raise SystemExit({code})")
-    assert supervise(shop, lease, process, nothing) == code
+    assert supervise(shop, Work(lease=lease, process=process, look=nothing)) == code
 
 
 def test_steps_and_points_are_stored_also_the_last_ones(shop: Shop, lease: leases.Lease) -> None:
@@ -71,7 +72,7 @@ def test_steps_and_points_are_stored_also_the_last_ones(shop: Shop, lease: lease
     process.wait(60)  # so that the only look is the one after its end
     point = Point(step=3, name="loss", value=1.5)
     news = News(values={"step": 3, "total_steps": 9, "stage": "training"}, points=[point])
-    assert supervise(shop, lease, process, lambda: news) == 0
+    assert supervise(shop, Work(lease=lease, process=process, look=lambda: news)) == 0
     row = get_run(shop.database, lease.id)
     assert (row.step, row.total_steps, row.stage) == (3, 9, "training")
     with shop.database.read() as session:
@@ -89,7 +90,7 @@ def test_the_wish_to_stop_reaches_the_process_as_a_signal_it_can_heed(
             stopping(shop, lease)
         return News()
 
-    assert supervise(shop, lease, process, look) == 7
+    assert supervise(shop, Work(lease=lease, process=process, look=look)) == 7
     assert get_run(shop.database, lease.id).state == RunState.STOPPING
 
 
@@ -105,7 +106,7 @@ def test_a_process_whose_lease_another_worker_has_is_killed(
             taken.append(claim(shop.database, "other"))
         return News(values={"step": 5}, points=[Point(step=5, name="loss", value=0.0)])
 
-    assert supervise(shop, lease, process, look) is None
+    assert supervise(shop, Work(lease=lease, process=process, look=look)) is None
     assert process.returncode == -signal.SIGKILL
     row = get_run(shop.database, lease.id)
     assert (row.owner, row.epoch, row.step) == ("other", lease.epoch + 1, 0)
@@ -123,7 +124,7 @@ def test_a_process_whose_row_is_gone_is_killed(shop: Shop, lease: leases.Lease) 
                 session.delete(row)
         return News()
 
-    assert supervise(shop, lease, process, look) is None
+    assert supervise(shop, Work(lease=lease, process=process, look=look)) is None
     assert process.returncode == -signal.SIGKILL
 
 
@@ -136,7 +137,7 @@ def test_a_process_does_not_outlive_a_fault_of_its_supervisor(
         raise MachineError("The disk is full.")
 
     with pytest.raises(MachineError):
-        supervise(shop, lease, process, look)
+        supervise(shop, Work(lease=lease, process=process, look=look))
     assert process.returncode == -signal.SIGKILL
 
 
@@ -156,7 +157,7 @@ def test_values_that_do_not_change_are_written_once(
             go.touch()
         return News(values={"stage": "training", "step": 4})
 
-    assert supervise(shop, lease, process, look) == 0
+    assert supervise(shop, Work(lease=lease, process=process, look=look)) == 0
     watcher.close()
     renewals = math.ceil((time.monotonic() - began) / RENEW_SECONDS)
     assert len(set(versions)) <= 1 + renewals
@@ -177,7 +178,7 @@ def test_a_value_that_changes_back_is_stored(
             go.touch()
         return News(values={"stage": stages.pop(0) if len(stages) > 1 else stages[0]})
 
-    assert supervise(shop, lease, process, look) == 0
+    assert supervise(shop, Work(lease=lease, process=process, look=look)) == 0
     assert seen[:3] == ["", "loading", "training"]
     assert get_run(shop.database, lease.id).stage == "loading"
 
@@ -187,10 +188,13 @@ def test_a_lease_is_renewed_while_its_process_works(shop: Shop, lease: leases.Le
         row = session.get(RunRow, lease.id)
         assert row is not None
         row.lease_until = 1.0
-    assert supervise(shop, lease, launch(shop, lease, "pass"), nothing) == 0
+    assert (
+        supervise(shop, Work(lease=lease, process=launch(shop, lease, "pass"), look=nothing)) == 0
+    )
     until = get_run(shop.database, lease.id).lease_until
     assert until is not None
-    assert until > time.time()
+    with shop.database.read() as session:
+        assert until > lease_now(session)
 
 
 def test_what_ended_is_recorded_once_and_only_by_its_holder(

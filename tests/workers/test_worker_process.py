@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from studio.disk import TEMPLATES, Home, is_locked, take_lock, worker_is_closing
+from studio.disk import TEMPLATES, Home
 from studio.dispatch import Bell, CeleryDispatch
 from studio.domain.run import RunState
+from studio.locks import is_locked, take_lock, worker_is_closing
 from studio.services.workers import ensure_worker, need_worker
 from studio.store import leases
 from studio.store.database import Database
@@ -125,7 +126,7 @@ def test_a_run_that_is_stopped_while_it_starts_has_not_failed(worker: Worker) ->
     CeleryDispatch(worker.home).ring(Bell.TRAIN)
     wait_until(lambda: worker.state(run_id) != RunState.QUEUED)
     with worker.database.write() as session:
-        assert leases.move(session, RunRow, run_id, RunState.STOPPING, now=time.time())
+        assert leases.move(session, RunRow, run_id, RunState.STOPPING)
     wait_until(lambda: RunState(worker.state(run_id)).is_final)
     row = get_run(worker.database, run_id)
     assert (row.state, row.error) == (RunState.STOPPED, None)
@@ -152,7 +153,7 @@ def test_messages_that_cannot_be_read_do_not_end_the_worker(worker: Worker) -> N
     wait_until(lambda: not list(queue.iterdir()) or worker.process.poll() is not None)
     assert worker.process.poll() is None
     assert worker.state(run_id) == RunState.FAILED
-    assert "cannot be read was thrown away" in worker.log
+    assert "cannot be read, put aside" in worker.log
 
 
 def test_the_worker_lives_while_a_page_is_open_and_ends_by_itself_afterwards(
