@@ -4,10 +4,9 @@ Exit codes: 0 done, 1 our fault, 2 the input or the machine is not right (stderr
 """
 
 import logging
-import subprocess
+import os
 import sys
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,13 +15,24 @@ from studio.budget_commands import budget
 from studio.dataset_commands import dataset_app
 from studio.demo import run_demo
 from studio.doctor import examine
-from studio.errors import ConflictError, InputError, MachineError, NotFoundError, StudioError
+from studio.errors import InputError, StudioError
 from studio.model_commands import model_app
-from studio.options import OUR_ERROR, USER_ERROR, HomeOption, JsonOption, settings_of, studio_of
+from studio.options import (
+    OUR_ERROR,
+    USER_ERROR,
+    HomeOption,
+    JsonOption,
+    RunArgument,
+    WaitOption,
+    settings_of,
+    studio_of,
+)
+from studio.queue_commands import queue_app
+from studio.run_commands import add_to, exit_if_failed
 from studio.serve import check_port, serve_page
-from studio.services import artifacts, chats, kernels, runs, workers
-from studio.services.studio import Studio, open_studio
-from studio.store.rows import RunRow
+from studio.services import artifacts, chats, kernels, workers
+from studio.services.studio import open_studio
+from studio.store_commands import backup, restore
 from studio.terminal import err, out, say_json
 
 app = typer.Typer(
@@ -33,16 +43,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _WORKS = {True: "yes", False: "NO", None: "not tried"}
-# Failures of a process that the user can mend; an EngineError is one where it names a field.
-_OF_THE_USER = tuple(
-    kind.__name__ for kind in (InputError, NotFoundError, ConflictError, MachineError)
-)
 app.add_typer(dataset_app, name="dataset")
 app.add_typer(model_app, name="model")
+app.add_typer(queue_app, name="queue")
 app.command("budget")(budget)
-
-WaitOption = Annotated[bool, typer.Option("--wait", help="Wait until it is over.")]
-RunArgument = Annotated[int, typer.Argument(help="Number of the run.", min=1)]
+app.command("backup")(backup)
+app.command("restore")(restore)
 
 
 @app.command()
@@ -50,22 +56,18 @@ def up(
     home: HomeOption = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on.", min=1, max=65535)] = None,
+    new: Annotated[bool, typer.Option("--new", help="Begin with an empty database.")] = False,
 ) -> None:
     """Start the page and one worker process."""
-    serve_page(settings_of(home, host=host, port=port))
+    serve_page(settings_of(home, host=host, port=port, new_database=new or None))
 
 
 @app.command()
 def worker(home: HomeOption = None) -> None:
-    """Start a worker by itself, in the foreground."""
-    studio = studio_of(home)
-    if workers.is_alive(studio.home):
-        raise MachineError(
-            f"A worker serves {studio.home.path} already.",
-            "One worker per home folder is enough; stop it first to take its place.",
-        )
-    command = [sys.executable, "-m", "workers", "--home", str(studio.home.path)]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    """Start a worker by itself, in the foreground; any number may serve one home folder."""
+    settings = settings_of(home)
+    command = [sys.executable, "-m", "workers", "--home", str(settings.resolved_home())]
+    os.execv(sys.executable, command)  # so that a signal to stop reaches the worker itself
 
 
 @app.command()
@@ -126,93 +128,7 @@ def presets(home: HomeOption = None, as_json: JsonOption = False) -> None:
     )
 
 
-@app.command()
-def run(
-    spec_file: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="JobSpec as YAML.")],
-    wait: WaitOption = False,
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Launch a training run from a spec; `preset: NAME` alone fills in the rest."""
-    studio = studio_of(home)
-    row = runs.submit(studio, runs.spec_from_file(studio, spec_file))
-    _follow(studio, row, wait=wait, as_json=as_json)
-
-
-def _follow(studio: Studio, row: RunRow, *, wait: bool, as_json: bool) -> None:
-    with workers.need_worker(studio):
-        if wait:
-            row = terminal.follow_run(studio, row.id)
-    if as_json:
-        say_json(terminal.run_values(studio, row))
-    else:
-        out.print(f"run {row.id} is {row.state}: {row.name}", markup=False)
-    _exit_if_failed(row)
-
-
-def _exit_if_failed(row: Any) -> None:
-    failure = terminal.failure_of(row)
-    if failure is not None:
-        err.print(" ".join(failure).strip(), markup=False)
-        words = row.error or {}
-        by_user = bool(words.get("field")) or words.get("type") in _OF_THE_USER
-        raise typer.Exit(USER_ERROR if by_user else OUR_ERROR)
-
-
-@app.command("runs")
-def list_runs(home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """List the newest runs."""
-    studio = studio_of(home)
-    rows = runs.listing(studio)
-    if as_json:
-        say_json([terminal.run_values(studio, row) for row in rows])
-    else:
-        terminal.show_table(
-            ("run", "state", "step", "name"),
-            [(r.id, r.state, f"{r.step}/{r.total_steps or '-'}", r.name) for r in rows],
-        )
-
-
-@app.command()
-def show(run_id: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Show one run with its proofs."""
-    studio = studio_of(home)
-    row = runs.get(studio, run_id)
-    values = terminal.run_values(studio, row)
-    proofs = runs.proofs(studio, run_id).proofs
-    if as_json:
-        say_json({**values, "proofs": [p.model_dump(mode="json") for p in proofs]})
-        return
-    failure = terminal.failure_of(row)
-    fields = {k: v for k, v in values.items() if k not in ("error", "result") and v is not None}
-    if failure is not None:
-        fields["error"] = " ".join(failure)
-    marks = {True: "passed", False: "FAILED", None: "noted"}
-    fields |= {f"proof {p.name}": f"{marks[p.passed]}: {p.summary}" for p in proofs}
-    terminal.show_fields(fields)
-
-
-@app.command()
-def stop(run_id: RunArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
-    """Stop a run; it saves its adapter at the next step boundary."""
-    studio = studio_of(home)
-    row = runs.stop(studio, run_id)
-    if as_json:
-        say_json(terminal.run_values(studio, row))
-    else:
-        out.print(f"run {row.id} is {row.state}")
-
-
-@app.command()
-def resume(
-    run_id: RunArgument,
-    wait: WaitOption = False,
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Go on with a stopped or failed run from its latest checkpoint."""
-    studio = studio_of(home)
-    _follow(studio, runs.resume(studio, run_id), wait=wait, as_json=as_json)
+add_to(app)
 
 
 @app.command()
@@ -236,7 +152,7 @@ def merge(
         if certificate is not None:
             out.print(f"certificate {'passed' if certificate.passed else 'FAILED'}")
             out.print(f"weights in {artifacts.weights(studio, row)}", markup=False)
-    _exit_if_failed(row)
+    exit_if_failed(row)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from rich.text import Text
 from studio.domain.metrics import LOSS
 from studio.domain.run import RunState
 from studio.domain.validation import Report
-from studio.services import artifacts, runs
+from studio.services import artifacts, runs, waiting
 from studio.services.studio import Studio
 from studio.store.rows import ArtifactRow, DatasetRow, JobRow, RunRow
 from studio.tokens.sandbox import Inspection
@@ -101,6 +101,7 @@ def run_values(studio: Studio, row: RunRow) -> dict[str, Any]:
         "id": row.id,
         "name": row.name,
         "state": row.state,
+        "is_paused": runs.state_of(row) == "PAUSED",
         "stage": row.stage,
         "preset": row.preset,
         "dataset": row.dataset.name,
@@ -108,6 +109,17 @@ def run_values(studio: Studio, row: RunRow) -> dict[str, Any]:
         "total_steps": row.total_steps,
         "error": row.error,
         "result": row.result,
+        "priority": row.priority,
+        "start_after": row.start_after,
+        "after_run": row.after_run_id,
+        "num_gpus": row.num_gpus,
+        "needs_gib": row.needs_gib,
+        "gpus": row.gpus,
+        "host": row.host,
+        "worker": row.owner,
+        "parent": row.parent_id,
+        "parent_step": row.parent_step,
+        "parent_keep": row.parent_keep or None,
         "folder": str(studio.home.run(row.id).path),
     }
 
@@ -168,6 +180,8 @@ def follow_run(studio: Studio, run_id: int, title: str = "train") -> RunRow:
 
 
 def _run_note(studio: Studio, row: RunRow) -> str:
+    if row.state == RunState.QUEUED:
+        return waiting.why(studio, row.id)
     if not row.step:
         return row.stage or row.state.lower()
     points = runs.curves(studio, row.id, [LOSS])[LOSS]

@@ -8,7 +8,7 @@ from studio.dispatch import Bell
 from studio.domain.certificate import Certificate
 from studio.domain.run import RunState
 from studio.errors import ConflictError, NotFoundError
-from studio.services import runs
+from studio.services import runs, shared
 from studio.services.studio import Studio
 from studio.store import artifacts as store
 from studio.store.rows import ArtifactRow, RunRow
@@ -18,8 +18,7 @@ MAX_LISTED = 200
 
 def has_result(studio: Studio, run: RunRow) -> bool:
     """Whether a Run has left an Adapter, or a whole model when all of it was trained."""
-    folder = runs.folder(studio, run.id)
-    return RunState(run.state).is_final and (folder.adapter.is_dir() or folder.model.is_dir())
+    return RunState(run.state).is_final and shared.has_result(studio, run.id)
 
 
 def require_result(studio: Studio, run_id: int) -> RunRow:

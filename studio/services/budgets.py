@@ -111,6 +111,19 @@ def budget_of(studio: Studio, spec: JobSpec, card_gib: float | None = None) -> E
     return Estimate(budget=choice.budget, card=card, reason=reason)
 
 
+def least_gib(studio: Studio, spec: JobSpec) -> float | None:
+    """Return the least memory that a run can do with on each card, in GiB.
+
+    Returns:
+        None on the CPU, and for a model whose configuration is not known yet.
+
+    Raises:
+        InputError: The model cannot be trained, or the targets do not fit it.
+    """
+    config = config_of(studio, spec.model.id, spec.model.revision) if spec.train.num_gpus else None
+    return None if config is None else least_budget(config, spec).total_bytes / GIB
+
+
 def _card(studio: Studio, spec: JobSpec, card_gib: float | None) -> Card | None:
     if not spec.train.num_gpus:
         return None

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from studio.domain.run import LIVE, RunState
 from studio.errors import ConflictError, EngineError, NotFoundError
 from studio.services import artifacts, datasets
 from studio.services.studio import Studio
+from studio.settings import LOOPBACK
 from studio.store import chats as store
 from studio.store import leases
 from studio.store.rows import ChatRow, RunRow
@@ -80,7 +82,7 @@ def open_chat(studio: Studio, run_id: int, artifact_id: int | None = None) -> Ch
             return known
         others = sorted(leases.live(session, ChatRow), key=lambda row: row.last_used_at)
         for row in others[: max(0, len(others) - MAX_OPEN + 1)]:
-            leases.move(session, ChatRow, row.id, RunState.STOPPING, now=now)
+            leases.move(session, ChatRow, row.id, RunState.STOPPING)
         row = ChatRow(
             run_id=run_id,
             artifact_id=artifact_id,
@@ -156,7 +158,9 @@ def ask(
         "seed": sampling.seed,
         "chat_template_kwargs": {"enable_thinking": sampling.enable_thinking},
     }
-    url = f"http://127.0.0.1:{chat.port}/v1/chat/completions"
+    is_here = chat.host in (None, socket.gethostname())
+    host = LOOPBACK[0] if is_here else chat.host
+    url = f"http://{host}:{chat.port}/v1/chat/completions"
     headers = {"Authorization": f"Bearer {chat.token}"}
     try:
         with (
@@ -213,10 +217,9 @@ def answer(
 
 def close_chat(studio: Studio, chat_id: int) -> None:
     """Close a chat process; one that is closed already stays so."""
-    now = time.time()
     with studio.database.write() as session:
-        if not leases.move(session, ChatRow, chat_id, RunState.STOPPING, now=now):
-            leases.move(session, ChatRow, chat_id, RunState.STOPPED, now=now)
+        if not leases.move(session, ChatRow, chat_id, RunState.STOPPING):
+            leases.move(session, ChatRow, chat_id, RunState.STOPPED)
 
 
 # ---- the questions of the example data set ----------------------------------------------------

@@ -8,9 +8,9 @@ from dataclasses import replace
 from io import TextIOWrapper
 from typing import Any
 
-from studio.disk import take_lock
 from studio.errors import ConflictError, InputError, disk_errors
 from studio.intake.transfer import check_room
+from studio.locks import take_lock
 from studio.services.studio import Studio
 from studio.services.uploads import Note, Upload, find, write_note
 

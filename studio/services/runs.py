@@ -1,6 +1,5 @@
-"""Verbs of Runs: submit, stop, look at."""
+"""Verbs of Runs: submit, stop, pause, resume, look at."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,25 +7,25 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from sqlalchemy.orm import Session
 
 from studio.disk import RunFolder
 from studio.dispatch import Bell
 from studio.domain.metrics import STEP_SECONDS, Point, thin, time_left_seconds
 from studio.domain.preset import find_preset
-from studio.domain.proof import Proofs, Recall
-from studio.domain.run import RunState
-from studio.domain.sample import Sample
+from studio.domain.run import RunState, Wish
 from studio.domain.spec import JobSpec, parse_spec, yaml_mapping
-from studio.errors import ConflictError, InputError, NotFoundError
-from studio.services import mixtures, models
+from studio.errors import ConflictError, InputError
+from studio.services import budgets, mixtures, models, queue, shared
+from studio.services.queue import Order
 from studio.services.studio import Studio
-from studio.store import leases
+from studio.store import events, leases
 from studio.store import runs as store
-from studio.store.rows import RunRow
+from studio.store.rows import EventRow, RunRow
 
 MAX_CURVE_POINTS = 1000
 MAX_LISTED = 200
-LOG_TAIL_BYTES = 64 * 1024
+NOW = Order()
 
 
 def spec_from_preset(studio: Studio, name: str, changes: Mapping[str, Any]) -> JobSpec:
@@ -69,15 +68,33 @@ def spec_from_file(studio: Studio, path: Path) -> JobSpec:
     return complete_spec(studio, text)
 
 
-def submit(studio: Studio, spec: JobSpec) -> RunRow:
+def submit(studio: Studio, spec: JobSpec, order: Order = NOW) -> RunRow:
     """Put a Run into the queue.
 
     Args:
         studio: The installation.
         spec: What to train; `data.dataset` may be a name, a number or a content hash.
+        order: How it waits there.
 
     Returns:
         The Run, QUEUED; its spec names all Datasets by content hash.
+
+    Raises:
+        NotFoundError: There is no such Preset or Dataset, or no Run that it shall wait for.
+        InputError: A target group matches nothing, the model cannot be trained, or a Dataset is of
+            a kind that cannot be trained on; or the order is wrong.
+        ConflictError: The queue is full.
+    """
+    row = new_row(studio, spec)
+    with studio.database.write() as session:
+        queue.enter(session, row, order)
+        events.add(session, RunRow, row.id, kind="queued", text="You launched it.")
+    studio.dispatch.ring(Bell.TRAIN)
+    return get(studio, row.id)
+
+
+def new_row(studio: Studio, spec: JobSpec) -> RunRow:
+    """Check a spec and return its Run, which is not stored yet.
 
     Raises:
         NotFoundError: There is no such Preset or Dataset.
@@ -89,19 +106,18 @@ def submit(studio: Studio, spec: JobSpec) -> RunRow:
     data = mixtures.for_training(studio, spec)
     dataset = data.parts[0].row
     models.check_targets(studio, spec)
-    values = data.pinned(spec).model_dump(mode="json")
-    with studio.database.write() as session:
-        row = RunRow(
-            name=spec.name or f"{dataset.name} on {spec.preset or spec.model.id}",
-            preset=spec.preset,
-            dataset_id=dataset.id,
-            spec=values,
-            state=RunState.QUEUED,
-            created_at=time.time(),
-        )
-        session.add(row)
-    studio.dispatch.ring(Bell.TRAIN)
-    return get(studio, row.id)
+    pinned = data.pinned(spec)
+    shared.offer_datasets(studio, pinned)
+    return RunRow(
+        name=spec.name or f"{dataset.name} on {spec.preset or spec.model.id}",
+        preset=spec.preset,
+        dataset_id=dataset.id,
+        spec=pinned.model_dump(mode="json"),
+        state=RunState.QUEUED,
+        created_at=time.time(),
+        num_gpus=spec.train.num_gpus,
+        needs_gib=budgets.least_gib(studio, spec),
+    )
 
 
 def stop(studio: Studio, run_id: int) -> RunRow:
@@ -111,13 +127,15 @@ def stop(studio: Studio, run_id: int) -> RunRow:
         NotFoundError: There is no such Run.
         ConflictError: It is over already.
     """
-    now = time.time()
     with studio.database.write() as session:
-        moved = leases.move(session, RunRow, run_id, RunState.STOPPING, now=now)
-        if not moved:
-            row = session.get(RunRow, run_id)
-            if row is not None and row.state == RunState.QUEUED:
-                moved = leases.move(session, RunRow, run_id, RunState.STOPPED, now=now)
+        row = session.get(RunRow, run_id)
+        was = "" if row is None else row.state
+        to = RunState.STOPPED if was == RunState.QUEUED else RunState.STOPPING
+        moved = leases.move(session, RunRow, run_id, to)
+        if row is not None and row.state == RunState.STOPPING:
+            row.wish = Wish.STOP  # also instead of a pause
+        if moved:
+            events.add(session, RunRow, run_id, kind="stop asked", text="You asked it to stop.")
     row = get(studio, run_id)
     if not moved and row.state != RunState.STOPPING:
         raise ConflictError(
@@ -126,27 +144,124 @@ def stop(studio: Studio, run_id: int) -> RunRow:
     return row
 
 
-def resume(studio: Studio, run_id: int) -> RunRow:
-    """Put a stopped or failed Run back into the queue; it goes on from its latest Checkpoint.
-
-    One that has no Checkpoint starts from the beginning.
+def pause(studio: Studio, run_id: int) -> RunRow:
+    """Keep a queued Run from starting, or let one that works save itself and wait in the queue.
 
     Raises:
         NotFoundError: There is no such Run.
-        ConflictError: It is queued or works, or it is finished.
+        ConflictError: It is paused already, is asked to stop, or is over.
     """
+    if RunState(get(studio, run_id).state) is RunState.QUEUED:
+        return queue.hold(studio, run_id)
     with studio.database.write() as session:
-        moved = leases.move(session, RunRow, run_id, RunState.QUEUED, now=time.time())
+        moved = leases.move(session, RunRow, run_id, RunState.STOPPING)
+        if moved:
+            row = session.get_one(RunRow, run_id, populate_existing=True)
+            row.wish = Wish.PAUSE
+            events.add(session, RunRow, run_id, kind="pause asked", text="You asked it to pause.")
+    row = get(studio, run_id)
+    if not moved and row.wish != Wish.PAUSE:
+        raise ConflictError(
+            f"Run {run_id} is {row.state}.", "Only a queued or running run can be paused."
+        )
+    return row
+
+
+def resume(studio: Studio, run_id: int) -> RunRow:
+    """Put a stopped or failed Run back into the queue, or let a paused one go on.
+
+    It goes on from its latest Checkpoint; one that has none starts from the beginning.
+
+    Raises:
+        NotFoundError: There is no such Run.
+        ConflictError: It is queued or works, it is finished, or the queue is full.
+    """
+    found = get(studio, run_id)
+    if RunState(found.state) is RunState.QUEUED and found.is_held:
+        return queue.release(studio, run_id)
+    with studio.database.write() as session:
+        moved = leases.move(session, RunRow, run_id, RunState.QUEUED)
         if moved:
             row = session.get_one(RunRow, run_id, populate_existing=True)
             row.finished_at, row.error, row.result, row.stage = None, None, None, ""
+            row.crashes, row.losses, row.furthest, row.is_held = 0, 0, 0, False
+            queue.reenter(session, row)
+            events.add(session, RunRow, run_id, kind="resumed", text="You resumed it.")
     row = get(studio, run_id)
     if not moved:
         raise ConflictError(
-            f"Run {run_id} is {row.state}.", "Only a stopped or failed run can be resumed."
+            f"Run {run_id} is {row.state}.", "Only a stopped, failed or paused run can be resumed."
         )
     studio.dispatch.ring(Bell.TRAIN)
     return row
+
+
+def save_now(studio: Studio, run_id: int) -> RunRow:
+    """Ask a running Run for a Checkpoint at its next step boundary.
+
+    Raises:
+        NotFoundError: There is no such Run.
+        ConflictError: It does not run.
+    """
+    with studio.database.write() as session:
+        row = _running(session, run_id, "saved")
+        row.saves_asked += 1
+        events.add(session, RunRow, run_id, kind="save asked", text="You asked for a checkpoint.")
+    return row
+
+
+def evaluate_now(studio: Studio, run_id: int) -> RunRow:
+    """Ask a running Run for an evaluation at its next step boundary.
+
+    Raises:
+        NotFoundError: There is no such Run.
+        ConflictError: It does not run, or has nothing to evaluate on.
+    """
+    with studio.database.write() as session:
+        row = _running(session, run_id, "evaluated")
+        if not has_evaluation(row):
+            raise ConflictError(
+                f"Run {run_id} has nothing to evaluate on.",
+                "Fork it with an evaluation dataset, an evaluation share or sample prompts.",
+            )
+        row.evaluations_asked += 1
+        text = "You asked for an evaluation."
+        events.add(session, RunRow, run_id, kind="evaluation asked", text=text)
+    return row
+
+
+def state_of(row: RunRow) -> str:
+    """Return the state of a Run in a word; one that is held in the queue is PAUSED."""
+    return "PAUSED" if row.state == RunState.QUEUED and row.is_held else row.state
+
+
+def has_evaluation(row: RunRow) -> bool:
+    """Tell whether a Run measures anything when it evaluates."""
+    data, evaluation = row.spec.get("data", {}), row.spec.get("eval", {})
+    given = data.get("eval_dataset"), data.get("eval_share"), evaluation.get("prompts")
+    return any(given)
+
+
+def _running(session: Session, run_id: int, done: str) -> RunRow:
+    row = session.get(RunRow, run_id)
+    if row is None:
+        raise queue.no_run(run_id)
+    if row.state != RunState.RUNNING:
+        raise ConflictError(
+            f"Run {run_id} is {state_of(row)}.", f"Only a running run can be {done} now."
+        )
+    return row
+
+
+def history(studio: Studio, run_id: int) -> Sequence[EventRow]:
+    """Return what happened to a Run, oldest first.
+
+    Raises:
+        NotFoundError: There is no such Run.
+    """
+    get(studio, run_id)
+    with studio.database.read() as session:
+        return events.of(session, RunRow, run_id)
 
 
 def listing(studio: Studio) -> Sequence[RunRow]:
@@ -164,7 +279,7 @@ def get(studio: Studio, run_id: int) -> RunRow:
     with studio.database.read() as session:
         row = session.get(RunRow, run_id)
     if row is None:
-        raise NotFoundError(f"There is no run {run_id}.", "`studio runs` lists all runs.")
+        raise queue.no_run(run_id)
     return row
 
 
@@ -211,56 +326,6 @@ def progress(studio: Studio, row: RunRow) -> Progress:
 def folder(studio: Studio, run_id: int) -> RunFolder:
     """Return the folder of a Run."""
     return studio.home.run(run_id)
-
-
-def log_tail(studio: Studio, run_id: int) -> str:
-    """Return the end of a Run's log without control characters; empty when there is none yet."""
-    return read_tail(folder(studio, run_id).log)
-
-
-def read_tail(path: Path) -> str:
-    """Return the last 64 KiB of a text file without control characters."""
-    if not path.exists():
-        return ""
-    with path.open("rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - LOG_TAIL_BYTES))
-        text = file.read().decode("utf-8", errors="replace")
-    return "".join(c for c in text if c == "\n" or c == "\t" or c.isprintable())
-
-
-def proofs(studio: Studio, run_id: int) -> Proofs:
-    """Return the Proofs measured so far."""
-    path = folder(studio, run_id).proofs
-    if not path.exists():
-        return Proofs()
-    return Proofs.model_validate_json(path.read_text(encoding="utf-8"))
-
-
-def recall(studio: Studio, run_id: int) -> Recall | None:
-    """Return the answers to the example questions, when they were asked."""
-    path = folder(studio, run_id).recall
-    if not path.exists():
-        return None
-    return Recall.model_validate_json(path.read_text(encoding="utf-8"))
-
-
-def samples(studio: Studio, run_id: int) -> list[Sample]:
-    """Return what the model said to the sample prompts so far, in the order of the steps."""
-    path = folder(studio, run_id).samples
-    if not path.exists():
-        return []
-    whole = path.read_bytes().rpartition(b"\n")[0]
-    return [Sample.model_validate_json(line) for line in whole.splitlines()]
-
-
-def stage_of(path: Path) -> dict[str, Any]:
-    """Return what a process says it does now; empty when it has not said anything."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def spec_of(row: RunRow) -> JobSpec:

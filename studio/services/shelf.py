@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from studio.disk import Home, take_lock
+from studio.disk import Home
 from studio.domain.validation import Report
 from studio.intake.canonical import Written
+from studio.locks import take_lock
 from studio.services.studio import Studio
 from studio.store import datasets as store
 from studio.store.rows import DatasetRow

@@ -6,6 +6,7 @@ from pathlib import Path
 from studio.disk import TEMPLATES, Home
 from studio.dispatch import CeleryDispatch, Dispatch
 from studio.domain.preset import KnownModel, Preset, load_models, load_presets
+from studio.files import Files
 from studio.settings import Settings
 from studio.store.database import Database
 from studio.tokens.sandbox import Inspector
@@ -20,6 +21,7 @@ class Studio:
     dispatch: Dispatch
     settings: Settings
     inspector: Inspector
+    files: Files
     templates: Path = TEMPLATES
 
     @property
@@ -43,8 +45,9 @@ def open_studio(settings: Settings) -> Studio:
     home.create()
     return Studio(
         home=home,
-        database=Database(home.database),
-        dispatch=CeleryDispatch(home),
+        database=Database(home.database, settings.database_url, may_be_new=settings.new_database),
+        dispatch=CeleryDispatch(home, settings),
         settings=settings,
         inspector=Inspector(home.verdicts),
+        files=Files(home, settings.files_url),
     )

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from studio.disk import take_lock
 from studio.domain.section import Section
 from studio.errors import InputError, NotFoundError, disk_errors
 from studio.intake.transfer import SourceRules, check_room
+from studio.locks import take_lock
 from studio.services.studio import Studio
 
 PARTIAL_KEEP_SECONDS = 3600.0  # fault catalogue, D52

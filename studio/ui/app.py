@@ -1,4 +1,4 @@
-"""The page: five tabs over one installation, behind the guard."""
+"""The page: six tabs over one installation, behind the guard."""
 
 from typing import Any
 
@@ -7,19 +7,31 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp
 
 from studio import __version__
+from studio.errors import NotFoundError
 from studio.services.studio import Studio
 from studio.services.workers import is_alive
-from studio.ui import artifacts_tab, chats_tab, datasets_tab, look, runs_tab, train_tab
+from studio.ui import (
+    artifacts_tab,
+    chats_tab,
+    datasets_tab,
+    look,
+    queue_tab,
+    runs_tab,
+    train_tab,
+)
 from studio.ui.artifacts_tab import ArtifactsTab
 from studio.ui.chats_tab import ChatsTab
 from studio.ui.datasets_tab import DatasetsTab
 from studio.ui.edge import shown
 from studio.ui.guard import Guard
+from studio.ui.live import RAW
+from studio.ui.queue_tab import QueueTab
+from studio.ui.run_actions import chosen
 from studio.ui.runs_tab import RunsTab
 from studio.ui.train_tab import TrainTab
 from studio.ui.upload_routes import mount_uploads
 
-TABS = ("datasets", "train", "runs", "artifacts", "chat")
+TABS = ("datasets", "train", "runs", "queue", "artifacts", "chat")
 CACHE_SWEEP_SECONDS, CACHE_KEEP_SECONDS = 3600, 86_400
 READ_ADDRESS = "() => window.studio.opened"
 
@@ -78,16 +90,20 @@ def build_page(studio: Studio) -> Any:
                 train = train_tab.build(studio)
             with gr.Tab("Runs", id="runs") as runs_page:
                 runs = runs_tab.build(studio)
+            with gr.Tab("Queue", id="queue") as queue_page:
+                queue = queue_tab.build(studio)
             with gr.Tab("Artifacts", id="artifacts") as artifacts_page:
                 artifacts = artifacts_tab.build(studio)
             with gr.Tab("Chat", id="chat") as chat_page:
                 chats = chats_tab.build(studio)
-        pages = (datasets_page, train_page, runs_page, artifacts_page, chat_page)
+        pages = (datasets_page, train_page, runs_page, queue_page, artifacts_page, chat_page)
         for name, page in zip(TABS, pages, strict=True):
             page.select(None, None, None, js=f"() => window.studio.remember('tab', '{name}')")
         _wire_start(studio, blocks, address, tabs, datasets, train, runs)
         _wire_choices(studio, pages, datasets, train, artifacts, chats)
         _wire_steps(studio, tabs, train, runs, artifacts, chats)
+        _wire_forks(studio, tabs, train, runs)
+        _wire_queue(studio, tabs, queue, runs)
     return blocks
 
 
@@ -130,7 +146,7 @@ def _wire_choices(
     chats: ChatsTab,
 ) -> None:
     """Refresh the lists of a tab when it is opened."""
-    datasets_page, train_page, _, artifacts_page, chat_page = pages
+    datasets_page, train_page, _, _, artifacts_page, chat_page = pages
 
     def all_datasets(chosen: str | None) -> Any:
         return _kept(datasets_tab.choices(studio), chosen)
@@ -186,5 +202,33 @@ def _wire_steps(
         return gr.Tabs(selected="chat"), _kept(found, f"run:{run_id}")
 
     train.launched.change(shown(to_run), train.launched, [tabs, runs.pick])
-    runs.to_merge.click(shown(to_merge), runs.pick, [tabs, artifacts.pick])
-    runs.to_chat.click(shown(to_chat), runs.pick, [tabs, chats.pick])
+    runs.actions.merge.click(shown(to_merge), runs.pick, [tabs, artifacts.pick])
+    runs.actions.chat.click(shown(to_chat), runs.pick, [tabs, chats.pick])
+
+
+def _wire_forks(studio: Studio, tabs: gr.Tabs, train: TrainTab, runs: RunsTab) -> None:
+    """Lead from a Run or one of its Checkpoints to the form of a new one."""
+
+    def to_fork(run_id: int | None, step: int | None, keep: str) -> list[Any]:
+        if step is None:
+            raise NotFoundError("No checkpoint is chosen.", "Choose one in the list.")
+        origin = {"run": chosen(run_id), "step": int(step), "keep": keep}
+        return [gr.Tabs(selected="train"), *train_tab.opened(studio, origin)]
+
+    def to_clone(run_id: int | None) -> list[Any]:
+        return [gr.Tabs(selected="train"), *train_tab.opened(studio, {"run": chosen(run_id)})]
+
+    form = [tabs, train.mode, *train.fields, *train.derived, *train.box.outputs]
+    saved = runs.checkpoints
+    saved.fork.click(shown(to_fork), [runs.pick, saved.step, saved.keep], form, preprocess=RAW)
+    runs.actions.clone.click(shown(to_clone), runs.pick, form, preprocess=RAW)
+
+
+def _wire_queue(studio: Studio, tabs: gr.Tabs, queue: QueueTab, runs: RunsTab) -> None:
+    """Lead from a queued Run to all that is known of it."""
+
+    def to_run(run_id: int | None) -> Any:
+        number = chosen(run_id)
+        return gr.Tabs(selected="runs"), gr.Radio(choices=runs_tab.choices(studio), value=number)
+
+    queue.open.click(shown(to_run), queue.pick, [tabs, runs.pick], preprocess=RAW)

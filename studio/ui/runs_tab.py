@@ -1,8 +1,7 @@
-"""Runs: state, progress, curves, proofs and log, live; all of it read from the store."""
+"""Runs: state, progress, curves, proofs, Checkpoints, history and log, live, from the store."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -10,13 +9,15 @@ import gradio as gr
 from studio.domain.metrics import EVAL_LOSS, GRAD_NORM, LEARNING_RATE, LOSS
 from studio.domain.run import RunState
 from studio.domain.spec import spec_to_yaml
-from studio.errors import NotFoundError
-from studio.services import artifacts, runs
+from studio.services import checkpoints, forks, run_files, runs, waiting
 from studio.services.studio import Studio
 from studio.store.rows import RunRow
-from studio.ui import show, show_samples
+from studio.ui import checkpoint_list, run_actions, show, show_history, show_samples
 from studio.ui.chart import chart, chart_value
+from studio.ui.checkpoint_list import CheckpointList
 from studio.ui.edge import shown
+from studio.ui.live import RAW, Part, changed, plain
+from studio.ui.run_actions import RunActions
 
 LOOK_SECONDS = 1.5
 LOADING = show.empty("Loading ...", "The runs of this studio are read.")
@@ -29,8 +30,20 @@ class RunsTab:
     """Components that other tabs and the page's start refer to."""
 
     pick: gr.Radio
-    to_merge: gr.Button
-    to_chat: gr.Button
+    actions: RunActions
+    checkpoints: CheckpointList
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Folded:
+    """What is folded away at first."""
+
+    happened: gr.Accordion
+    history: gr.HTML
+    asked: gr.Accordion
+    said: gr.HTML
+    log: gr.Textbox
+    spec: gr.Code
 
 
 def choices(studio: Studio) -> list[tuple[str, int]]:
@@ -40,7 +53,8 @@ def choices(studio: Studio) -> list[tuple[str, int]]:
 
 def _label(row: RunRow) -> str:
     steps = f" · {row.step}/{row.total_steps}" if row.total_steps else ""
-    return f"{row.id} · {row.name}\n{row.state.lower()}{steps} · {show.ago(row.created_at)}"
+    state = runs.state_of(row).lower()
+    return f"{row.id} · {row.name}\n{state}{steps} · {show.ago(row.created_at)}"
 
 
 def build(studio: Studio) -> RunsTab:
@@ -54,12 +68,8 @@ def build(studio: Studio) -> RunsTab:
             )
         with gr.Column(scale=3, min_width=320):
             head = gr.HTML(LOADING, elem_id="run-head")
-            with gr.Row():
-                off: dict[str, Any] = {"interactive": False, "min_width": 90}
-                stop = gr.Button("Stop", variant="stop", elem_id="run-stop", **off)
-                resume = gr.Button("Resume", elem_id="run-resume", **off)
-                to_merge = gr.Button("Merge", elem_id="run-merge", **off)
-                to_chat = gr.Button("Chat", elem_id="run-chat", **off)
+            actions = run_actions.build()
+            saved = checkpoint_list.build()
             proofs = gr.HTML(elem_id="run-proofs")
             loss = chart("Loss (nats per supervised token)", "chart-loss")
             with gr.Column(visible=False) as held_out:
@@ -71,64 +81,30 @@ def build(studio: Studio) -> RunsTab:
                     rate = chart("Learning rate", "chart-learning-rate")
                 with gr.Column(min_width=280):
                     norm = chart("Gradient norm before clipping", "chart-grad-norm")
-            asked, said, log, spec = _folded()
+            folded = _folded()
 
     charts = [loss, eval_loss, rate, norm]
-    outputs = [
-        pick,
-        head,
-        stop,
-        resume,
-        to_merge,
-        to_chat,
-        held_out,
-        *charts,
-        proofs,
-        asked,
-        said,
-        log,
-        spec,
-    ]
+    end = [folded.happened, folded.history, folded.asked, folded.said, folded.log, folded.spec]
+    outputs = [pick, head, *actions.buttons, *saved.outputs, held_out, *charts, proofs, *end]
 
-    def look(run_id: int | None, before: dict[str, Any]) -> list[Any]:
-        return _changed(_values(studio, run_id), before)
+    def look(run_id: int | None, step: int | None, before: dict[str, Any]) -> list[Any]:
+        return changed(_parts(studio, run_id, step), before)
 
-    watching: dict[str, Any] = {"show_progress": "hidden"}
-    gr.on([timer.tick, pick.change], shown(look), [pick, seen], [seen, *outputs], **watching)
+    watching: dict[str, Any] = {"show_progress": "hidden", "preprocess": RAW}
+    asked, told = [pick, saved.step, seen], [seen, *outputs]
+    gr.on([timer.tick, pick.change], shown(look), asked, told, **watching)
     pick.change(None, pick, None, js="(run) => window.studio.remember('run', run)")
-    stops = _asks(partial(runs.stop, studio), "Run {} stops at its next step.".format)
-    resumes = _asks(partial(runs.resume, studio), partial(_resume_words, studio))
-    for button, act in ((stop, stops), (resume, resumes)):
-        button.click(shown(act), pick, None).then(
-            shown(look), [pick, seen], [seen, *outputs], **watching
-        )
-    return RunsTab(pick=pick, to_merge=to_merge, to_chat=to_chat)
+    run_actions.wire(
+        studio, actions, pick, lambda event: event.then(shown(look), asked, told, **watching)
+    )
+    actions.fork.click(lambda: gr.Accordion(open=True), None, saved.frame, show_progress="hidden")
+    return RunsTab(pick=pick, actions=actions, checkpoints=saved)
 
 
-def _resume_words(studio: Studio, run_id: int) -> str:
-    checkpoints = runs.folder(studio, run_id).checkpoints
-    if next(checkpoints.glob("step-*"), None) is None:
-        return f"Run {run_id} has no checkpoint: it starts again from the beginning."
-    return f"Run {run_id} goes on from its latest checkpoint."
-
-
-def _asks(
-    act: Callable[[int], object], words: Callable[[int], str]
-) -> Callable[[int | None], None]:
-    """Return what a button does with the chosen Run; `words` say so, of its number."""
-
-    def ask(run_id: int | None) -> None:
-        if run_id is None:
-            raise NotFoundError("No run is chosen.", "Choose one in the list.")
-        said = words(int(run_id))
-        act(int(run_id))
-        gr.Info(said)
-
-    return ask
-
-
-def _folded() -> tuple[gr.Accordion, gr.HTML, gr.Textbox, gr.Code]:
-    """Lay out what is folded away at first: sample replies, log and spec."""
+def _folded() -> _Folded:
+    """Lay out what is folded away at first: history, sample replies, log and spec."""
+    with gr.Accordion("What happened", open=False, elem_id="run-happened") as happened:
+        history = gr.HTML(elem_id="run-history")
     with gr.Accordion("Sample replies", open=False, visible=False) as asked:
         said = gr.HTML(elem_id="run-samples")
     with gr.Accordion("Log", open=False):
@@ -150,10 +126,10 @@ def _folded() -> tuple[gr.Accordion, gr.HTML, gr.Textbox, gr.Code]:
             buttons=["copy"],
             elem_id="run-spec",
         )
-    return asked, said, log, spec
+    return _Folded(happened=happened, history=history, asked=asked, said=said, log=log, spec=spec)
 
 
-def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
+def _parts(studio: Studio, run_id: int | None, step: int | None) -> list[Part]:
     """Return for each output what it depends on, and how to make it."""
     listed = choices(studio)
     known = [number for _, number in listed]
@@ -167,71 +143,60 @@ def _values(studio: Studio, run_id: int | None) -> list[tuple[Any, Any]]:
 
     picked = (("pick", listed, chosen), pick)
     if chosen is None:
-        return [picked, *_nothing()]
+        return [picked, *_nothing(studio)]
     row = runs.get(studio, chosen)
-    done = runs.progress(studio, row)
-    is_over = RunState(row.state).is_final
-    has_result = artifacts.has_result(studio, row)
+    saved = checkpoints.listing(studio, chosen)
     curves = runs.curves(studio, row.id, CURVES)
     has_eval = bool(curves[EVAL_LOSS])
-    head = show.run_head(row, done)
-    found, recalled = runs.proofs(studio, row.id).proofs, runs.recall(studio, row.id)
-    stamps = show.proofs(found, recalled, is_over=is_over)
-    said = show_samples.samples(runs.samples(studio, row.id))
-    log = runs.log_tail(studio, row.id)
-    can_stop = row.state in (RunState.QUEUED, RunState.RUNNING)
-    can_resume = row.state in (RunState.STOPPED, RunState.FAILED)
-    stop_text = "Stopping ..." if row.state == RunState.STOPPING else "Stop"
+    found, recalled = run_files.proofs(studio, row.id).proofs, run_files.recall(studio, row.id)
+    said = show_samples.samples(run_files.samples(studio, row.id))
+    events = runs.history(studio, chosen)
+    is_open = show_history.ends_with_fault(events)
     return [
         picked,
-        (head, lambda: head),
-        ((can_stop, stop_text), lambda: gr.Button(stop_text, interactive=can_stop)),
-        (can_resume, lambda: gr.Button(interactive=can_resume)),
-        (has_result, lambda: gr.Button(interactive=has_result)),
-        (has_result, lambda: gr.Button(interactive=has_result)),
+        plain(_head(studio, row, events)),
+        *run_actions.parts(studio, row, has_checkpoint=bool(saved)),
+        *checkpoint_list.parts(chosen, saved, step),
         (has_eval, lambda: gr.Column(visible=has_eval)),
         *[_curve(chosen, name, curves[name]) for name in CURVES],
-        (stamps, lambda: stamps),
+        plain(show.proofs(found, recalled, is_over=RunState(row.state).is_final)),
+        # A new fault unfolds it; what somebody has folded or unfolded since then stays so.
+        ((chosen, show_history.last_fault(events)), lambda: gr.Accordion(open=is_open)),
+        plain(show_history.history(events)),
         (bool(said), lambda: gr.Accordion(visible=bool(said))),
-        (said, lambda: said),
-        (log, lambda: log),
+        plain(said),
+        plain(run_files.log_tail(studio, row.id)),
         (chosen, lambda: spec_to_yaml(runs.spec_of(row))),
     ]
 
 
-def _curve(run_id: int, name: str, points: Sequence[Any]) -> tuple[Any, Any]:
+def _head(studio: Studio, row: RunRow, events: Sequence[Any]) -> str:
+    why = waiting.why(studio, row.id) if row.state == RunState.QUEUED else ""
+    head = show.run_head(row, runs.progress(studio, row), why)
+    if row.state != RunState.FAILED:
+        head += show_history.recovery(events)
+    return head + show_history.lineage(row, forks.lineage_of(studio, row.id))
+
+
+def _curve(run_id: int, name: str, points: Sequence[Any]) -> Part:
     last = points[-1].step if points else 0
     return (run_id, name, last, len(points)), lambda: chart_value(
         name, points, smooth=name in (LOSS, GRAD_NORM)
     )
 
 
-def _nothing() -> list[tuple[Any, Any]]:
-    off = ("off", lambda: gr.Button(interactive=False))
-    blank = ("blank", lambda: chart_value("", []))
+def _nothing(studio: Studio) -> list[Part]:
     return [
-        ("empty", lambda: EMPTY),
-        off,
-        off,
-        off,
-        off,
+        plain(EMPTY),
+        *run_actions.parts(studio, None, has_checkpoint=False),
+        *checkpoint_list.parts(None, [], None),
         ("hidden", lambda: gr.Column(visible=False)),
-        *[blank for _ in CURVES],
-        ("", lambda: ""),
+        *[("blank", lambda: chart_value("", [])) for _ in CURVES],
+        plain(""),
+        ("folded", lambda: gr.Accordion(open=False)),
+        plain(""),
         ("hidden", lambda: gr.Accordion(visible=False)),
-        ("", lambda: ""),
-        ("", lambda: ""),
-        ("", lambda: ""),
+        plain(""),
+        plain(""),
+        plain(""),
     ]
-
-
-def _changed(values: list[tuple[Any, Any]], before: dict[str, Any]) -> list[Any]:
-    """Return only what differs from what this browser shows, so that nothing flickers."""
-    now = {str(index): repr(depends) for index, (depends, _) in enumerate(values)}
-    if now == before:
-        return [gr.skip()] * (len(values) + 1)
-    updates = [
-        gr.skip() if before.get(str(index)) == now[str(index)] else make()
-        for index, (_, make) in enumerate(values)
-    ]
-    return [now, *updates]

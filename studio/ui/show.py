@@ -8,8 +8,8 @@ from html import escape
 from studio.domain.certificate import Certificate
 from studio.domain.preset import Preset
 from studio.domain.proof import Proof, Recall
-from studio.domain.run import RunState
-from studio.services.runs import Progress
+from studio.domain.run import RunState, Wish
+from studio.services.runs import Progress, state_of
 from studio.store.rows import RunRow
 
 MAX_SHOWN_ISSUES = 20
@@ -97,8 +97,8 @@ def chip(state: str) -> str:
     return f'<span class="chip {escape(state)}">{escape(state)}</span>'
 
 
-def run_head(row: RunRow, done: Progress) -> str:
-    """Return name, state, progress bar and time left of a Run."""
+def run_head(row: RunRow, done: Progress, why: str = "") -> str:
+    """Return name, state, progress bar and time left of a Run; `why` says what it waits for."""
     fraction = done.fraction or 0.0
     if RunState(row.state) is RunState.FINISHED:
         fraction = 1.0
@@ -113,9 +113,9 @@ def run_head(row: RunRow, done: Progress) -> str:
     if done.left_seconds is not None:
         low, high = (duration(value) for value in done.left_seconds)
         right.append(f"{low} left" if low == high else f"{low} to {high} left")
-    doing = row.stage or _state_words(row)
+    doing = why or row.stage or _state_words(row)
     body = (
-        f'<div class="head"><h3>{row.id} · {escape(row.name)}</h3>{chip(row.state)}</div>'
+        f'<div class="head"><h3>{row.id} · {escape(row.name)}</h3>{chip(state_of(row))}</div>'
         f'<div class="meter" role="progressbar" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{fraction * 100:.0f}" aria-label="progress">'
         f'<i style="width:{fraction * 100:.1f}%"></i></div>'
@@ -136,7 +136,9 @@ def _state_words(row: RunRow) -> str:
     return {
         RunState.QUEUED: "waiting for a worker",
         RunState.RUNNING: "starting",
-        RunState.STOPPING: "stopping at the next step",
+        RunState.STOPPING: "pausing at the next step"
+        if row.wish == Wish.PAUSE
+        else "stopping at the next step",
         RunState.STOPPED: "stopped; what it had learned is kept"
         if row.step
         else "stopped before its first step",

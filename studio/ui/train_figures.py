@@ -142,7 +142,7 @@ def _no_gpu(spec: JobSpec) -> str:
     return show.notice(
         "info",
         f"This run asks for {wanted}, and this machine shows none.",
-        "It will fail here; a tiny preset trains on the CPU.",
+        "It waits in the queue until a worker has them; a tiny preset trains on the CPU.",
     )
 
 

@@ -12,9 +12,10 @@ from studio.domain.spec import JobSpec
 from studio.errors import EngineError, InputError
 from studio.services import datasets, kernels, readings, runs
 from studio.services.studio import Studio
-from studio.ui import form, show, show_kernels, show_stats
+from studio.ui import fork_box, form, show, show_kernels, show_stats
 from studio.ui.datasets_tab import choices
 from studio.ui.edge import shown
+from studio.ui.fork_box import ForkBox
 from studio.ui.train_figures import derive, fill
 
 EVAL_DATASET = "data.eval_dataset"
@@ -34,8 +35,10 @@ class TrainTab:
 
     dataset: gr.Dropdown
     eval_dataset: gr.Dropdown
+    mode: gr.Radio
     fields: list[gr.components.Component]
     derived: list[gr.components.Component]
+    box: ForkBox
     launched: gr.State
 
 
@@ -47,6 +50,7 @@ def build(studio: Studio) -> TrainTab:
         with gr.Column(scale=3, min_width=320):
             plain: dict[str, Any] = {"show_label": False, "container": False}
             mode = gr.Radio(["Simple", "Advanced"], value="Simple", elem_id="train-mode", **plain)
+            box = fork_box.build()
             wrong = gr.HTML(elem_id="train-wrong")
             _simple_fields(studio, leaves, by_key)
             with gr.Column(visible=False, elem_id="train-advanced") as advanced:
@@ -69,31 +73,42 @@ def build(studio: Studio) -> TrainTab:
     derived = [by_key["lora.targets"], *said]
 
     mode.change(lambda name: gr.Column(visible=name == "Advanced"), mode, advanced)
-    _wire_fields(studio, leaves, by_key, derived)
-    _wire_yaml(studio, leaves, [*fields, *derived], (yaml, apply, load))
+    _wire_fields(studio, leaves, by_key, derived, box)
+    _wire_yaml(studio, leaves, [*fields, *derived], (yaml, apply, load), box)
 
-    def submit(*values: Any, progress: Any = gr.Progress()) -> list[Any]:
-        *typed, known = values
-        spec = form.to_spec(typed, leaves)
-        loss = "" if known == spec.model_dump_json() else _loss(studio, spec, progress)
-        if loss:
-            return [gr.skip(), spec.model_dump_json(), loss]
-        return [runs.submit(studio, spec).id, "", gr.skip()]
-
-    def counted(*values: Any, progress: Any = gr.Progress()) -> str:
-        spec = form.to_spec(values, leaves)
-        step = partial(progress, desc="Tokenising")
-        return show_stats.plan(readings.plan(studio, spec, step), spec.data)
-
-    launch.click(shown(submit), [*fields, accepted], [launched, accepted, trouble], preprocess=RAW)
-    count.click(shown(counted), fields, epoch, show_progress_on=epoch, preprocess=RAW)
+    given, outputs = [*fields, box.origin, accepted], [launched, accepted, trouble, *box.outputs]
+    launch.click(shown(partial(_launch, studio, leaves)), given, outputs, preprocess=RAW)
+    counted = shown(partial(_counted, studio, leaves))
+    count.click(counted, fields, epoch, show_progress_on=epoch, preprocess=RAW)
     return TrainTab(
         dataset=by_key["data.dataset"],  # type: ignore[arg-type]
         eval_dataset=by_key[EVAL_DATASET],  # type: ignore[arg-type]
+        mode=mode,
         fields=fields,
         derived=derived,
+        box=box,
         launched=launched,
     )
+
+
+def _launch(
+    studio: Studio, leaves: Sequence[form.Leaf], *values: Any, progress: Any = gr.Progress()
+) -> list[Any]:
+    """Launch, unless something has to be confirmed first; return the Run's number and what stays."""
+    *typed, origin, known = values
+    spec = form.to_spec(typed, leaves)
+    loss = "" if known == spec.model_dump_json() else _loss(studio, spec, progress)
+    if loss:
+        return [gr.skip(), spec.model_dump_json(), loss, *[gr.skip()] * 3]
+    return [fork_box.launch(studio, origin, spec), "", gr.skip(), *fork_box.closed()]
+
+
+def _counted(
+    studio: Studio, leaves: Sequence[form.Leaf], *values: Any, progress: Any = gr.Progress()
+) -> str:
+    spec = form.to_spec(values, leaves)
+    step = partial(progress, desc="Tokenising")
+    return show_stats.plan(readings.plan(studio, spec, step), spec.data)
 
 
 def _loss(studio: Studio, spec: JobSpec, progress: Any) -> str:
@@ -154,25 +169,30 @@ def _wire_fields(
     leaves: Sequence[form.Leaf],
     by_key: dict[str, gr.components.Component],
     derived: list[gr.components.Component],
+    box: ForkBox,
 ) -> None:
     """Let a preset fill the form, and every change show what it means."""
     fields = [by_key[leaf.key] for leaf in leaves]
 
     def derived_of(*values: Any) -> list[Any]:
-        return derive(studio, leaves, values)
+        *typed, origin = values
+        return [*derive(studio, leaves, typed), fork_box.words_of(studio, leaves, typed, origin)]
 
     def take_preset(*values: Any) -> list[Any]:
-        named = dict(zip((leaf.key for leaf in leaves), values, strict=True))
+        *typed, origin = values
+        named = dict(zip((leaf.key for leaf in leaves), typed, strict=True))
         kept = {"data": {"dataset": named["data.dataset"] or ""}, "name": named["name"]}
-        return fill(studio, leaves, runs.spec_from_preset(studio, named["preset"], kept))
+        spec = runs.spec_from_preset(studio, named["preset"], kept)
+        return [*fill(studio, leaves, spec), fork_box.words(studio, origin, spec)]
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "preprocess": RAW}
     preset = by_key["preset"]
-    preset.input(shown(take_preset), fields, [*fields, *derived], **quiet)  # type: ignore[attr-defined]
+    given, outputs = [*fields, box.origin], [*derived, box.words]
+    preset.input(shown(take_preset), given, [*fields, *outputs], **quiet)  # type: ignore[attr-defined]
     changes = [field.input for field in fields if field is not preset]  # type: ignore[attr-defined]
     # A text box tells of typing, but not of pasting; leaving it tells of both.
     changes += [field.blur for field in fields if isinstance(field, gr.Textbox)]
-    gr.on(changes, shown(derived_of), fields, derived, trigger_mode="always_last", **quiet)
+    gr.on(changes, shown(derived_of), given, outputs, trigger_mode="always_last", **quiet)
 
 
 def _wire_yaml(
@@ -180,34 +200,52 @@ def _wire_yaml(
     leaves: Sequence[form.Leaf],
     everything: list[gr.components.Component],
     widgets: tuple[gr.Code, gr.Button, gr.UploadButton],
+    box: ForkBox,
 ) -> None:
     """Let a spec be pasted or loaded as YAML."""
     yaml, apply, load = widgets
 
-    def take_yaml(text: str) -> list[Any]:
-        return fill(studio, leaves, _with_known_dataset(studio, runs.complete_spec(studio, text)))
+    def take_yaml(text: str, origin: fork_box.Origin) -> list[Any]:
+        spec = _with_known_dataset(studio, runs.complete_spec(studio, text))
+        return [*fill(studio, leaves, spec), fork_box.words(studio, origin, spec)]
 
-    def take_file(path: str) -> list[Any]:
+    def take_file(path: str, origin: fork_box.Origin) -> list[Any]:
         if Path(path).stat().st_size > MAX_SPEC_BYTES:
             raise InputError("The file is larger than any spec.", "Load a YAML file of a JobSpec.")
-        return take_yaml(Path(path).read_text(encoding="utf-8", errors="replace"))
+        return take_yaml(Path(path).read_text(encoding="utf-8", errors="replace"), origin)
 
-    apply.click(shown(take_yaml), yaml, everything)
-    load.upload(shown(take_file), load, everything)
+    apply.click(shown(take_yaml), [yaml, box.origin], [*everything, box.words])
+    load.upload(shown(take_file), [load, box.origin], [*everything, box.words])
 
 
 def start_values(studio: Studio) -> list[Any]:
     """Return what fields and derived components show when the page opens."""
-    leaves = form.leaves()
     found = choices(studio)
     dataset = found[0][1] if found else ""
     first = next(iter(studio.presets))
-    spec = runs.spec_from_preset(studio, first, {"data": {"dataset": dataset}})
+    return _values(studio, runs.spec_from_preset(studio, first, {"data": {"dataset": dataset}}))
+
+
+def opened(studio: Studio, origin: fork_box.Origin) -> list[Any]:
+    """Return what mode, fields, derived components and box show for a fork or a clone.
+
+    Raises:
+        NotFoundError: There is no such Run or Checkpoint.
+        ConflictError: Its spec was written by another version of the studio.
+    """
+    spec = fork_box.spec_of(studio, origin)
+    return ["Advanced", *_values(studio, spec), *fork_box.opened(studio, origin, spec)]
+
+
+def _values(studio: Studio, spec: JobSpec) -> list[Any]:
+    leaves = form.leaves()
+    found = choices(studio)
     values = fill(studio, leaves, spec)
-    index = [leaf.key for leaf in leaves].index("data.dataset")
-    values[index] = gr.Dropdown(choices=found, value=dataset or None)
-    index = [leaf.key for leaf in leaves].index(EVAL_DATASET)
-    values[index] = gr.Dropdown(choices=[NO_DATASET, *found], value="")
+    keys = [leaf.key for leaf in leaves]
+    values[keys.index("data.dataset")] = gr.Dropdown(choices=found, value=spec.data.dataset or None)
+    values[keys.index(EVAL_DATASET)] = gr.Dropdown(
+        choices=[NO_DATASET, *found], value=spec.data.eval_dataset
+    )
     return values
 
 

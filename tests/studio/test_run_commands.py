@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import typer
 
-from studio.__main__ import _exit_if_failed
 from studio.domain.run import RunState
+from studio.run_commands import exit_if_failed
 
 
 @pytest.mark.parametrize(
@@ -25,16 +25,16 @@ from studio.domain.run import RunState
 def test_what_the_user_can_mend_exits_2(kind: str, field: str, code: int) -> None:
     error = {"type": kind, "message": "It failed.", "hint": "", "field": field}
     with pytest.raises(typer.Exit) as left:
-        _exit_if_failed(SimpleNamespace(state=RunState.FAILED, error=error))
+        exit_if_failed(SimpleNamespace(state=RunState.FAILED, error=error))
     assert left.value.exit_code == code
 
 
 def test_runs_of_an_older_studio_name_no_field() -> None:
     error = {"type": "EngineError", "message": "It failed.", "hint": ""}
     with pytest.raises(typer.Exit) as left:
-        _exit_if_failed(SimpleNamespace(state=RunState.FAILED, error=error))
+        exit_if_failed(SimpleNamespace(state=RunState.FAILED, error=error))
     assert left.value.exit_code == 1
 
 
 def test_a_run_that_did_not_fail_exits_0() -> None:
-    _exit_if_failed(SimpleNamespace(state=RunState.FINISHED, error=None))
+    exit_if_failed(SimpleNamespace(state=RunState.FINISHED, error=None))

@@ -8,11 +8,13 @@ from studio.dispatch import Bell
 from studio.domain.run import RunState
 from studio.domain.spec import JobSpec
 from studio.errors import ConflictError, InputError, NotFoundError
-from studio.services import artifacts, chats, datasets, runs
+from studio.services import artifacts, chats, datasets, run_files, runs
 from studio.services.studio import Studio
 from studio.store import leases
-from studio.store.rows import ChatRow, RunRow
+from studio.store.clock import holder
+from studio.store.rows import ChatRow
 from tests.fakes import FakeDispatch
+from tests.studio.queued import start
 
 
 def spec(studio: Studio, **changes: object) -> JobSpec:
@@ -87,12 +89,10 @@ def test_a_stopped_run_is_queued_again_and_a_worker_hears_of_it(studio: Studio) 
 
 def test_a_failed_run_that_is_resumed_forgets_why_it_failed(studio: Studio) -> None:
     row = runs.submit(studio, spec(studio))
+    lease = start(studio, row.id)
     with studio.database.write() as session:
-        claimed = leases.claim(session, RunRow, owner="w", now=1.0, max_live=1)
-        assert claimed is not None
-        lease = leases.Lease(table=RunRow, id=row.id, epoch=claimed.epoch, owner="w")
         words = {"error": {"type": "EngineError", "message": "Out of memory.", "hint": ""}}
-        assert leases.finish(session, lease, RunState.FAILED, now=2.0, values=words)
+        assert leases.finish(session, lease, RunState.FAILED, words)
 
     resumed = runs.resume(studio, row.id)
 
@@ -116,8 +116,7 @@ def test_a_queued_run_stops_at_once(studio: Studio) -> None:
 
 def test_a_running_run_is_asked_to_stop_and_may_be_asked_twice(studio: Studio) -> None:
     row = runs.submit(studio, spec(studio))
-    with studio.database.write() as session:
-        leases.claim(session, RunRow, owner="w", now=1.0, max_live=1)
+    start(studio, row.id)
     assert runs.stop(studio, row.id).state == RunState.STOPPING
     assert runs.stop(studio, row.id).state == RunState.STOPPING
 
@@ -155,7 +154,7 @@ def test_the_third_chat_makes_the_least_used_one_go(studio: Studio) -> None:
         runs.folder(studio, row.id).adapter.mkdir(parents=True)
         ids.append(chats.open_chat(studio, row.id).id)
         with studio.database.write() as session:
-            leases.claim(session, ChatRow, owner="w", now=1.0, max_live=9)
+            leases.claim(session, ChatRow, holder=holder("w"), max_live=9)
     assert [chats.get(studio, n).state for n in ids] == ["STOPPING", "RUNNING", "RUNNING"]
 
 
@@ -171,7 +170,7 @@ def test_a_log_shows_no_control_characters(studio: Studio) -> None:
     log = runs.folder(studio, row.id).log
     log.parent.mkdir(parents=True)
     log.write_bytes(b"\x1b[31mred\x1b[0m\nnext\x00\xff")
-    assert runs.log_tail(studio, row.id) == "[31mred[0m\nnext\N{REPLACEMENT CHARACTER}"
+    assert run_files.log_tail(studio, row.id) == "[31mred[0m\nnext\N{REPLACEMENT CHARACTER}"
 
 
 def test_the_chosen_preset_fills_in_what_a_spec_leaves_out(studio: Studio) -> None:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from studio.disk import take_lock
 from studio.errors import ConflictError, InputError, MachineError, NotFoundError
+from studio.locks import take_lock
 from studio.services import uploads
 from studio.services.receiving import Receiver
 from studio.services.studio import Studio
