@@ -12,7 +12,7 @@ MIN_FREE_MIB := 4096
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 NO_PACKAGES := { echo "Installing failed, as pip says above: is the package index reachable and the disk not full?" >&2; exit 2; }
 
-.PHONY: demo run test check screenshots setup clean
+.PHONY: demo run test check screenshots setup secrets clean
 
 demo: setup
 	@$(STUDIO) demo $(OPTIONS) $(if $(EXIT),--exit)
@@ -56,6 +56,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) --editable '.[dev]' || $(NO_PACKAGES)
 	@touch $@
+
+# The passwords of docker-compose.yml, made once and kept. Compose mounts the files as they are, and
+# each service reads them as a user of its own: so the files may be read, and their folder may not.
+secrets: secrets/redis_password.txt secrets/postgres_password.txt
+
+secrets/%.txt:
+	@mkdir -p -m 0700 secrets
+	@head -c 24 /dev/urandom | od -A n -v -t x1 | tr -d ' \n' > $@.new
+	@chmod 0444 $@.new && mv $@.new $@
 
 clean:
 	rm -rf $(VENV) build test-output

@@ -14,7 +14,7 @@ from studio.services.studio import Studio, open_studio
 from studio.settings import LOOPBACK, Settings
 from studio.terminal import err
 
-WORKER_LOOK_SECONDS = 5.0
+WORKER_LOOK_SECONDS = 2.0
 
 
 class _NotAboutClosing(logging.Filter):
@@ -27,13 +27,16 @@ class _NotAboutClosing(logging.Filter):
 
 
 def serve_page(settings: Settings) -> None:
-    """Start the page and see that a worker lives; returns when the page is closed.
+    """Start the page, and see that a worker lives where none is started by itself.
+
+    Returns when the page is closed.
 
     Raises:
-        InputError: The address is not loopback.
+        InputError: The address is not loopback, and nothing says that the port is behind it.
         MachineError: The port is in use, or the home folder cannot be written.
     """
-    if settings.host not in LOOPBACK:
+    is_beyond = settings.host not in LOOPBACK
+    if is_beyond and not settings.behind_loopback:
         raise InputError(
             f"The page cannot listen on {settings.host}: it has no login yet.",
             "Listen on 127.0.0.1, and reach it from elsewhere through `ssh -L`.",
@@ -52,9 +55,15 @@ def serve_page(settings: Settings) -> None:
             timeout_graceful_shutdown=2,
         )
         logging.getLogger("uvicorn.error").addFilter(_NotAboutClosing())
-        watch = threading.Thread(target=_keep_worker, args=(studio,), daemon=True)
-        watch.start()
-        err.print(f"Delta Studio is open at http://{settings.host}:{settings.port}")
+        if settings.starts_worker:
+            threading.Thread(target=_keep_worker, args=(studio,), daemon=True).start()
+        if is_beyond:
+            err.print(
+                f"Delta Studio listens on {settings.host}:{settings.port} and lets everyone in who "
+                "reaches it: that port must be published on loopback alone."
+            )
+        else:
+            err.print(f"Delta Studio is open at http://{settings.host}:{settings.port}")
         uvicorn.Server(config).run()
     err.print("The page is closed; a run that trains goes on in the background.")
 
