@@ -44,6 +44,7 @@ class ChatOrder(Section):
             in place of an Adapter.
         run_id: Run that trained it.
         token: What a client must send as `Authorization: Bearer TOKEN`.
+        host: Address to listen on.
     """
 
     version: Literal[1] = 1
@@ -53,6 +54,7 @@ class ChatOrder(Section):
     merged: str | None = Field(default=None, min_length=1)
     run_id: int | None = Field(default=None, ge=1)
     token: str = Field(min_length=16, repr=False)
+    host: str = Field(default="127.0.0.1", min_length=1)
 
     @model_validator(mode="after")
     def _one_tuned_model(self) -> Self:

@@ -23,10 +23,11 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
-from studio.disk import Home, take_lock
+from studio.disk import Home
 from studio.domain.reading import Reading
 from studio.domain.section import Section
 from studio.errors import NotFoundError, disk_errors
+from studio.locks import take_lock
 from studio.tokens.children import make_shards
 from studio.tokens.counts import Counts, merge_counts
 from studio.tokens.examples import Example

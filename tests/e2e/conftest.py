@@ -14,7 +14,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
-from studio.disk import Home, is_locked
+from studio.disk import Home
+from studio.locks import is_locked
 from tests.fakes import make_home
 
 START_SECONDS = 120

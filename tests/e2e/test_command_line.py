@@ -100,6 +100,27 @@ def test_a_table_needs_its_columns(shell: Shell, tmp_path: Path) -> None:
     shell.run("dataset", "remove", "table")
 
 
+def test_a_finished_run_is_forked_and_cloned(shell: Shell, tmp_path: Path) -> None:
+    shell.values("dataset", "add", str(EXAMPLE))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("preset: tiny-qwen3.5\ndata: {dataset: '1'}\ntrain: {max_steps: 3}\n")
+    first = shell.values("run", str(spec), "--priority", "5", "--wait")
+    number = str(first["id"])
+    assert (first["state"], first["priority"]) == ("FINISHED", 5)
+    assert [one["step"] for one in shell.values("checkpoints", number)] == [3]
+    assert "Nothing is left to train" in shell.refusal("fork", number, "--step", "3")
+    longer = ("--set", "train.max_steps=5", "--set", "optim.learning_rate=1e-4")
+    fork = shell.values("fork", number, "--step", "3", *longer, "--wait")
+    assert (fork["state"], fork["step"], fork["parent"]) == ("FINISHED", 5, first["id"])
+    kinds = [event["kind"] for event in shell.values("history", str(fork["id"]))]
+    assert kinds[0] == "forked"
+    assert {"began", "finished"} <= set(kinds)
+    clone = shell.values("clone", number, "--set", "train.max_steps=2", "--wait")
+    assert (clone["state"], clone["step"], clone["parent"]) == ("FINISHED", 2, None)
+    changes = shell.values("diff", number, str(clone["id"]))
+    assert [(c["field"], c["old"], c["new"]) for c in changes] == [("train.max_steps", "3", "2")]
+
+
 def test_a_run_without_wait_goes_on_and_can_be_stopped(shell: Shell, tmp_path: Path) -> None:
     shell.values("dataset", "add", str(EXAMPLE))
     spec = tmp_path / "spec.yaml"

@@ -8,8 +8,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from studio.disk import TEMPLATES, is_locked
+from studio.disk import TEMPLATES
 from studio.domain.run import RunState
+from studio.locks import is_locked
 from studio.services import datasets, runs
 from studio.services.studio import open_studio
 from studio.settings import Settings
