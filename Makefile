@@ -12,7 +12,7 @@ MIN_FREE_MIB := 4096
 PIP := $(VENV)/bin/pip install --quiet --constraint constraints.txt
 NO_PACKAGES := { echo "Installing failed, as pip says above: is the package index reachable and the disk not full?" >&2; exit 2; }
 
-.PHONY: demo run test check screenshots setup secrets clean
+.PHONY: demo run test check soak screenshots setup secrets clean
 
 demo: setup
 	@$(STUDIO) demo $(OPTIONS) $(if $(EXIT),--exit)
@@ -30,6 +30,11 @@ test: $(VENV)/.installed-dev
 check: $(VENV)/.installed-dev
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy && \
 	$(VENV)/bin/lint-imports --no-cache && $(VENV)/bin/pytest -m "not slow"
+
+# Chaos and metrics for as long as it takes to believe them (two hours), and a table.
+soak: $(VENV)/.installed-dev
+	@.ci/system-packages
+	@SOAK=1 $(VENV)/bin/pytest -q tests/soak; code=$$?; $(VENV)/bin/python -m tests.soak; exit $$code
 
 # The README's pictures, made by the browser test's own code.
 screenshots: $(VENV)/.installed-dev

@@ -263,13 +263,15 @@ def outcome(exit_code: int, *, result: Path, error: Path) -> Outcome:
     """Tell how a process ended, from the files that it wrote.
 
     Args:
-        exit_code: As of subprocess: negative for a signal.
+        exit_code: As of subprocess: negative for a signal; or 128 + signal of the first rank that
+            failed.
         result: File that a process writes when it ends well.
         error: File that a process writes when it ends badly.
     """
     written, reached = read_json(error), read_json(result)
-    # torchrun reports its own signal when it was asked to stop; the result file tells more.
-    if written is None and reached is None:
+    # torchrun reports its own signal when it was asked to stop; the result file tells more. The
+    # first rank to fail may have been killed: then the others fail because of it, and say so.
+    if reached is None and (written is None or exit_code > 128):
         written = _unexplained(exit_code)
     return Outcome(exit_code=exit_code, result=reached, error=written)
 

@@ -252,7 +252,8 @@ def ended(session: Session, lease: leases.Lease, state: RunState, values: dict[s
     done = leases.finish(session, lease, state, values)
     if done:
         words = values.get("error") or {}
-        leases.note(session, lease, state.lower(), str(words.get("message", "")))
+        text = str(words.get("message", "")) or f"It {state.lower()}."
+        leases.note(session, lease, state.lower(), text)
     return done
 
 

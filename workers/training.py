@@ -12,6 +12,7 @@ from studio.domain.outcome import ExitCode, is_retried
 from studio.domain.retry import after_crash
 from studio.domain.run import RunState, Wish
 from studio.domain.spec import JobSpec
+from studio.errors import MachineError
 from studio.store import leases
 from studio.store.rows import JobRow, RunRow
 from workers import follow, launcher
@@ -60,6 +61,7 @@ def train(here: Shop, row: RunRow, taken: Taken) -> None:
     with holding(here, lease, "copying files"):
         files.fetch(spec)
     launcher.prepare_run(folder, spec)
+    _require_origin(row, folder)
     write_whole(folder.owner, lease.mark)
     still_hold(here, lease)  # who has taken it over since then writes its own mark there
     launcher.head_log(folder.log, f"try {row.epoch}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
@@ -86,6 +88,21 @@ def train(here: Shop, row: RunRow, taken: Taken) -> None:
         surely(here, files.hand_over)
         _see_memory(here, lease, taken)
     _record(here, row, launcher.outcome(exit_code, result=folder.result, error=folder.error))
+
+
+def _require_origin(row: RunRow, folder: RunFolder) -> None:
+    """See that a fork has something to begin from: without it, it would begin anew.
+
+    Raises:
+        MachineError: It has nothing.
+    """
+    own = folder.checkpoints.is_dir() and any(folder.checkpoints.glob("step-*"))
+    if row.parent_id is not None and not own and not folder.origin.is_dir():
+        raise MachineError(
+            f"The checkpoint of run {row.parent_id} that this run begins from is gone from its "
+            f"folder {folder.origin}.",
+            "Fork the other run once more.",
+        )
 
 
 def fence(lease: leases.Lease, folder: RunFolder, taken: Taken) -> None:

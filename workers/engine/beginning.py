@@ -68,8 +68,8 @@ def begin(run: RunFolder, begun: Begun, total_steps: int) -> tuple[Progress, boo
         text = f"Goes on from its Checkpoint of step {progress.step}."
         report.event("began", progress.step, text)
         return progress, True
-    report.go_on(-1)  # a fork repeats all that it has measured itself
     if not world.from_main(run.origin.exists):
+        report.go_on(-1)
         report.event("began", 0, "Begins anew.")
         return Progress(step=0, base_id=begun.base_id), False
     return _fork(run.origin, begun, total_steps), False
@@ -83,6 +83,7 @@ def _fork(origin: Path, begun: Begun, total_steps: int) -> Progress:
     report.stage("beginning from another run", whose)
     if values["keep"] == "weights":
         load_weights(origin / "checkpoint", begun.model, world)
+        report.go_on(-1)
         report.event("began", 0, f"Begins with the weights of {whose}.")
         return Progress(step=0, base_id=begun.base_id)
     if total_steps <= step:
@@ -101,6 +102,7 @@ def _fork(origin: Path, begun: Begun, total_steps: int) -> Progress:
             f"Goes on from {whose} with a fresh optimizer: that run had another one, whose state "
             "this one cannot use."
         )
+    report.go_on(progress.step)  # what was taken over stays; what came after is repeated
     report.event("began", progress.step, text)
     # What the other run evaluated may be other examples, and its best Checkpoint is not here.
     return Progress(step=progress.step, base_id=begun.base_id, losses=progress.losses)

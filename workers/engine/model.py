@@ -5,6 +5,7 @@ arithmetic of small models is faster there, and nothing is rounded twice.
 Not covered: vision towers (the text class is loaded), a base on more than one card.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -97,7 +98,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             else f"Choose the Instruct weights, or copy {template} there as chat_template.jinja.",
             "model.id",
         )
+    _refuse_other_vocabulary(tokenizer, folder)
     return tokenizer
+
+
+def _refuse_other_vocabulary(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Refuse a tokenizer with tokens that the model has no row for: they would end on the card."""
+    file = folder / "config.json"
+    if not file.exists():
+        return
+    config = json.loads(file.read_text(encoding="utf-8"))
+    num_rows = config.get("text_config", config).get("vocab_size")
+    num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
+    if num_rows is not None and num_tokens > num_rows:
+        raise EngineError(
+            f"The tokenizer in {folder} has {num_tokens:,} tokens, and the model knows "
+            f"{num_rows:,}: they are not of the same model.",
+            "Put the tokenizer.json published with the weights there.",
+            "model.id",
+        )
 
 
 def load_base(

@@ -2,18 +2,20 @@
 
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from studio.disk import RunFolder
+from studio.disk import Home, RunFolder
 from studio.errors import EngineError, InputError
-from tests.workers.engine.conftest import MakeRun
+from tests.workers.engine.conftest import MakeRun, small_spec
 from tests.workers.engine.test_resume import adapter
 from tests.workers.engine.test_train import losses, records, weights
 from tests.workers.engine.test_wishes import said
 from workers.engine.build import Training, build
+from workers.engine.checkpoint import load_weights
 from workers.engine.train import train
 
 # Dropout and noise: what a fork draws must be what the other run would have drawn.
@@ -24,10 +26,14 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def parent(make_run: MakeRun) -> RunFolder:
-    """A finished run of five steps."""
-    run = make_run(**CHANGES)
+@pytest.fixture(scope="module")
+def parent(home: Home, bases: dict[str, Path], dataset: Path) -> RunFolder:
+    """A finished run of five steps, which no test changes."""
+    assert bases
+    run = home.run(len(list(home.runs.iterdir())) + 1)
+    run.path.mkdir()
+    run.spec.write_text(small_spec(**CHANGES).model_dump_json(), encoding="utf-8")
+    run.dataset.symlink_to(dataset)
     train(run)
     return run
 
@@ -97,13 +103,17 @@ def test_a_fork_with_another_optimizer_begins_with_a_fresh_one_and_says_so(
 
 
 def test_a_fork_of_weights_begins_at_step_0_with_them(parent: RunFolder, make_run: MakeRun) -> None:
+    fresh = weights(build(make_run(**CHANGES)))
     run = fork(parent, 5, make_run(**CHANGES), keep="weights")
     training = build(run)
     assert training.progress.step == 0
     assert training.progress.losses == []
     assert not training.optimizer.state
-    trained = weights(build(parent))
-    assert all(torch.equal(a, b) for a, b in zip(weights(training), trained, strict=True))
+    before = weights(training)
+    load_weights(parent.checkpoint(5), training.model, training.world)
+    trained = weights(training)
+    assert all(torch.equal(a, b) for a, b in zip(before, trained, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(trained, fresh, strict=True))
     assert said(run)[0]["text"] == "Begins with the weights of step 5 of run 7."
     train(run)
     assert [record.step for record in records(run)] == [1, 2, 3, 4, 5]
