@@ -70,7 +70,7 @@ class RunFolder:
 
     @property
     def error(self) -> Path:
-        """Why the run failed: {"type", "message", "hint", "field"}."""
+        """Why the run failed: {"type", "message", "hint", "field", "code"}."""
         return self.path / "error.json"
 
     @property
@@ -156,7 +156,7 @@ class OrderFolder:
 
     @property
     def error(self) -> Path:
-        """Why it failed: {"type", "message", "hint", "field"}."""
+        """Why it failed: {"type", "message", "hint", "field", "code"}."""
         return self.path / "error.json"
 
     @property

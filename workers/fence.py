@@ -68,5 +68,5 @@ class Fence:
 
 def fence_of(run: RunFolder) -> Fence:
     """Return the fence of this process around a run folder."""
-    mark = os.environ.get(MARK, "")  # noqa: TID251  # what the launcher has handed over
+    mark = os.environ.get(MARK, "")  # what the launcher has handed over
     return Fence(owner=run.owner, mark=mark)

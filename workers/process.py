@@ -58,7 +58,7 @@ def run_process(
         _speak_plainly()
         if fence is not None:
             fence.check()
-        if os.environ.get(_RANK, "0") == "0":  # noqa: TID251
+        if os.environ.get(_RANK, "0") == "0":
             error_file.unlink(missing_ok=True)
         act()
     except FencedError as error:
@@ -194,7 +194,7 @@ def tie_process() -> None:
     """
     die_with_parent()
     faulthandler.register(signal.SIGUSR1, file=_STDERR, all_threads=True)
-    slots = os.environ.get(SLOTS, "")  # noqa: TID251  # what the launcher has handed over
+    slots = os.environ.get(SLOTS, "")  # what the launcher has handed over
     for path in filter(None, slots.split(os.pathsep)):
         _hold(Path(path))
 
