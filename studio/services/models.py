@@ -127,8 +127,9 @@ def check_targets(studio: Studio, spec: JobSpec) -> None:
 
     Raises:
         InputError: The preset waits for a part of the studio, the model is none that can be
-            trained, a target matches nothing, the choice of LoRA does not go together, the
-            examples are longer than the model reads, or early stopping has nothing to go by.
+            trained, it is over several machines, a target matches nothing, the choice of LoRA does
+            not go together, the examples are longer than the model reads, or early stopping has
+            nothing to go by.
     """
     preset = studio.presets.get(spec.preset)
     if preset is not None and preset.not_yet:
@@ -136,6 +137,13 @@ def check_targets(studio: Studio, spec: JobSpec) -> None:
             f"The preset {preset.name} cannot be launched yet: {preset.not_yet}.",
             f"Take the preset {preset.instead}, which trains the same model.",
             field="preset",
+        )
+    if spec.train.num_nodes > 1:
+        raise InputError(
+            f"A run over {spec.train.num_nodes} machines cannot be launched from here.",
+            "Start it by hand with torchrun on each machine (see Training in the README), or set "
+            "the machines to 1.",
+            field="train.num_nodes",
         )
     if spec.eval.patience is not None and not (spec.data.eval_share or spec.data.eval_dataset):
         raise InputError(

@@ -142,3 +142,10 @@ def test_early_stopping_without_anything_to_evaluate_is_refused(studio: Studio) 
         models.check_targets(studio, parse_spec(changes))
     assert caught.value.field == "eval.patience"
     models.check_targets(studio, parse_spec(changes | {"data": {"eval_share": 0.1}}))
+
+
+def test_a_run_over_several_machines_is_refused_before_it_waits(studio: Studio) -> None:
+    spec = JobSpec.model_validate({"data": {"dataset": "d"}, "train": {"num_nodes": 2}})
+    with pytest.raises(InputError, match="A run over 2 machines cannot be launched") as refused:
+        models.check_targets(studio, spec)
+    assert refused.value.field == "train.num_nodes"
