@@ -10,7 +10,7 @@ A file appears whole on both sides. What is copied again is what has changed, by
 import logging
 import posixpath
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,10 @@ from studio.disk import Home
 from studio.errors import MachineError, disk_errors
 
 logger = logging.getLogger(__name__)
+
+
+def _always() -> None:
+    """Allow whatever is asked."""
 
 
 _HINT = "See that STUDIO_FILES_URL can be reached from here, with the rights to read and write."
@@ -45,17 +49,22 @@ class Files:
         """Whether anything is copied."""
         return bool(self._url)
 
-    def push(self, *paths: Path) -> None:
+    def push(self, *paths: Path, may: Callable[[], None] = _always) -> None:
         """Copy files and folders of the home folder to the store; what is not there is left out.
+
+        Args:
+            paths: Of the home folder.
+            may: Called before each file; raises when this process may not write there any more.
 
         Raises:
             MachineError: The store cannot be written.
         """
         if not self.is_on:
             return
-        with self._errors("written"):
-            for path in paths:
-                for file in _files(path):
+        for path in paths:
+            for file in _files(path):
+                may()
+                with self._errors("written"):
                     self._push_file(file)
 
     def pull(self, *paths: Path, is_flat: bool = False) -> None:
@@ -73,7 +82,7 @@ class Files:
         with self._errors("read"), disk_errors("copying files from the store"):
             for path in paths:
                 for remote, info in self._listed(path, is_flat=is_flat).items():
-                    self._pull_file(remote, info)
+                    self._pull_file(remote, info, within=path)
 
     def has(self, path: Path) -> bool:
         """Tell whether a file or folder of the home folder is in the store.
@@ -88,27 +97,32 @@ class Files:
             system.invalidate_cache()
             return bool(system.exists(self._remote(path)))
 
-    def forget(self, folder: Path, keep: Iterable[str]) -> None:
-        """Remove from the store what lies in a folder there and is not named.
+    def forget(self, folder: Path, keep: Iterable[str], may: Callable[[], None] = _always) -> None:
+        """Remove from the store what was copied from or to a folder and is not named.
 
         Args:
             folder: Of the home folder.
-            keep: Names of what stays.
+            keep: Names of what stays; what others have put there stays, too.
+            may: Called before each removal; raises when this process may not write there any more.
 
         Raises:
             MachineError: The store cannot be written.
         """
         if not self.is_on:
             return
-        kept = set(keep)
         with self._errors("written"):
             system, _ = self._open()
             remote = self._remote(folder)
-            if not system.exists(remote):
-                return
-            for entry in system.ls(remote, detail=False):
-                if posixpath.basename(str(entry).rstrip("/")) not in kept:
-                    system.rm(entry, recursive=True)
+        inside = [name for name in self._pushed if name.startswith(f"{remote}/")]
+        known = {name[len(remote) + 1 :].split("/")[0] for name in inside}
+        for name in sorted(known - set(keep)):
+            may()
+            with self._errors("written"):
+                if system.exists(f"{remote}/{name}"):
+                    system.rm(f"{remote}/{name}", recursive=True)
+            for file in inside:
+                if file.startswith(f"{remote}/{name}/"):
+                    del self._pushed[file]
 
     def _push_file(self, file: Path) -> None:
         state = file.stat()
@@ -127,12 +141,12 @@ class Files:
             system.put_file(str(file), remote)
         self._pushed[remote] = version
 
-    def _pull_file(self, remote: str, info: Mapping[str, Any]) -> None:
+    def _pull_file(self, remote: str, info: Mapping[str, Any], *, within: Path) -> None:
         system, root = self._open()
         version = str(system.ukey(remote))
         local = self._home.path / posixpath.relpath(remote, root)
-        if not local.resolve().is_relative_to(self._home.path.resolve()):
-            raise ValueError(f"{remote} lies outside of the home folder")
+        if not local.resolve().is_relative_to(within.resolve()):
+            raise ValueError(f"{remote} lies outside of {within.name}")
         if self._pulled.get(remote) == version and local.exists():
             return
         local.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,10 +1,12 @@
 """Locks that the kernel takes back when their holder dies, however it dies."""
 
 import fcntl
+import time
 from io import TextIOWrapper
 from pathlib import Path
 
-from studio.disk import Home
+# Whoever only looks holds a lock for a moment.
+_TRIES, _LOOK_SECONDS = 5, 0.01
 
 
 def worker_note(pid: int, *, is_closing: bool) -> str:
@@ -12,9 +14,9 @@ def worker_note(pid: int, *, is_closing: bool) -> str:
     return f"{pid}\n{'closing' if is_closing else 'open'}\n"
 
 
-def worker_is_closing(home: Home) -> bool:
-    """Tell whether the worker of a home folder takes no more work and is about to end."""
-    return home.worker_lock.exists() and "closing" in home.worker_lock.read_text(encoding="utf-8")
+def is_closing(worker_lock: Path) -> bool:
+    """Tell whether the worker that holds a lock file takes no more work and is about to end."""
+    return worker_lock.exists() and "closing" in worker_lock.read_text(encoding="utf-8")
 
 
 def take_lock(path: Path, *, shared: bool = False) -> TextIOWrapper | None:
@@ -34,6 +36,20 @@ def take_lock(path: Path, *, shared: bool = False) -> TextIOWrapper | None:
         file.close()
         return None
     return file
+
+
+def take_lock_soon(path: Path) -> TextIOWrapper | None:
+    """Lock a file, although somebody may just be looking whether it is locked.
+
+    Returns:
+        As of `take_lock`.
+    """
+    for _ in range(_TRIES):
+        lock = take_lock(path)
+        if lock is not None:
+            return lock
+        time.sleep(_LOOK_SECONDS)
+    return None
 
 
 def is_locked(path: Path) -> bool:

@@ -23,7 +23,7 @@ from celery.signals import worker_shutting_down
 
 from studio.disk import Home
 from studio.errors import StudioError
-from studio.locks import is_locked, take_lock, worker_note
+from studio.locks import is_locked, take_lock, take_lock_soon, worker_note
 from studio.settings import Settings
 from studio.store import leases, queue, workers
 from studio.store.rows import ArtifactRow, RunRow
@@ -57,12 +57,12 @@ def main(arguments: Sequence[str] | None = None, *, command: Command = trainer_c
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     home = Home(path=options.home.expanduser().resolve())
     home.create()
-    embedded = take_lock(home.worker_lock) if options.embedded else None
+    embedded = take_lock_soon(home.worker_lock) if options.embedded else None
     if options.embedded and embedded is None:
         logger.error("another worker serves %s already", home.path)
         return LOCK_TAKEN_EXIT_CODE
     name = f"worker-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    own = take_lock(home.worker(name))
+    own = take_lock_soon(home.worker(name))
     assert own is not None, "nobody else knows this name"
     notes = [lock for lock in (own, embedded) if lock is not None]
     _note(notes, is_closing=False)

@@ -10,7 +10,7 @@ from threading import Event
 from celery import Celery
 
 from studio.disk import Home
-from studio.dispatch import celery_settings
+from studio.dispatch import CeleryDispatch, Dispatch, celery_settings
 from studio.files import Files
 from studio.settings import Settings
 from studio.store.clock import Holder, holder
@@ -31,6 +31,7 @@ class Shop:
         holder: This worker process in Leases.
         slots: The cards of this machine.
         files: The way to machines that share no folder with this one.
+        bells: Wakes all workers, this one too.
         command: Makes the command of a Run from its folder and its number of cards.
         started_at: Seconds since 1970.
         closing: Set when the worker was asked to end.
@@ -43,6 +44,7 @@ class Shop:
     holder: Holder
     slots: Slots
     files: Files
+    bells: Dispatch
     command: Command = trainer_command
     started_at: float = field(default_factory=time.time)
     closing: Event = field(default_factory=Event)
@@ -75,6 +77,7 @@ def open_shop(
         holder=holder(name),
         slots=Slots(home, name),
         files=Files(home, settings.files_url),
+        bells=CeleryDispatch(home, settings),
         command=command,
     )
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.disk import RunFolder, write_whole
+from studio.domain.outcome import ExitCode
 from studio.domain.spec import JobSpec
 from studio.errors import InputError, disk_errors
 from workers.mortal import PARENT
@@ -243,8 +244,10 @@ def dump_stacks(mark: str) -> None:
 
 def head_log(log: Path, title: str) -> None:
     """Write a line between two tries of the same Run: their logs stand one after the other."""
-    with disk_errors("writing the log"), log.open("a", encoding="utf-8") as file:
-        file.write(f"---- {title} ----\n")
+    with disk_errors("writing the log"), log.open("ab+") as file:
+        # A try that was killed, or whose disk was full, has left half a line.
+        is_half = file.tell() and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n"
+        file.write((b"\n" if is_half else b"") + f"---- {title} ----\n".encode())
 
 
 def cut_log(log: Path) -> None:
@@ -292,6 +295,9 @@ def _unexplained(exit_code: int) -> dict[str, Any]:
     if exit_code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         message = "The process was killed by the system, most often for want of memory."
         hint = "Choose a smaller micro-batch, a shorter length or a smaller model; see the log."
+    elif exit_code == ExitCode.MACHINE:
+        message = "The disk is full: the process could not even write down why it ended."
+        hint = "Free some space, then resume the run."
     else:
         message = f"The process ended with code {exit_code} and did not say why."
         hint = "See the log below; please report it if it does not explain itself."

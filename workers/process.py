@@ -179,7 +179,11 @@ def _write_error(
         "field": error.field,
         "code": int(code),
     }
-    write_whole(error_file, json.dumps(values, indent=2))
+    try:
+        write_whole(error_file, json.dumps(values, indent=2))
+    except (MachineError, OSError) as met:
+        # On a full disk the exit code alone tells.
+        log.error("%s could not be written: %s", error_file.name, met)
 
 
 # ---- ties -------------------------------------------------------------------------------------

@@ -10,12 +10,13 @@ import os
 import threading
 import time
 from importlib.metadata import version
+from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from studio.disk import RunFolder
-from studio.dispatch import Bell, CeleryDispatch, Dispatch
+from studio.dispatch import Bell, Dispatch
 from studio.domain.outcome import is_retried
 from studio.domain.retry import Attempts, after_crash, after_loss
 from studio.domain.run import RunState, Wish
@@ -76,7 +77,7 @@ class Reconciler:
         try:
             self._report()
             for row in self._lost():
-                self._put_right(row)
+                self._try_to_put_right(row)
             self._sweep()
         except (StudioError, SQLAlchemyError, OSError):
             self._last_look = -math.inf
@@ -141,6 +142,13 @@ class Reconciler:
                 lost.append(row)
         return lost
 
+    def _try_to_put_right(self, row: JobRow) -> None:
+        """Put one row right; one that cannot be does not keep the others from it."""
+        try:
+            self._put_right(row)
+        except Exception:
+            logger.exception("%s cannot be put right", leases.lease_of(row).mark)
+
     def _put_right(self, row: JobRow) -> None:
         lease = leases.lease_of(row)
         logger.warning("%s has lost its worker", lease.mark)
@@ -168,7 +176,7 @@ class Reconciler:
                 text = f"Its worker on {row.host} was lost; the run had ended: {state.lower()}."
             if done:
                 leases.note(session, lease, "worker lost", text)
-                self._shop.slots.wrest(lease.owner, slots)
+                self._shop.slots.wrest(lease.owner, row.id, slots)
 
     def _left_over(self, row: JobRow, lease: Lease) -> News:
         """Return what the dead try had measured and nobody had read."""
@@ -177,7 +185,11 @@ class Reconciler:
         folder = self._shop.home.run(row.id)
         if not _had_begun(folder, row):
             return News()
-        news = Tails(folder, lease.epoch).look()
+        try:
+            news = Tails(folder, lease.epoch).look()
+        except OSError as error:
+            logger.error("what %s had measured cannot be read: %s", lease.mark, error)
+            return News()
         news.values.pop("stage", None)
         news.begins_at = None
         return news
@@ -221,7 +233,7 @@ class Reconciler:
 
 def start(shop: Shop) -> threading.Thread:
     """Start the reconciler of a worker."""
-    reconciler = Reconciler(shop, CeleryDispatch(shop.home, shop.settings))
+    reconciler = Reconciler(shop, shop.bells)
     thread = threading.Thread(target=_loop, args=(shop, reconciler), name="reconcile", daemon=True)
     thread.start()
     return thread
@@ -249,16 +261,10 @@ def _verdict(shop: Shop, row: JobRow) -> tuple[RunState | None, dict[str, object
         error = launcher.read_json(shop.home.chat(row.id).error) or _CHAT_LOST
         return RunState.FAILED, {"error": error, "stage": "", "port": None}, None
     is_stop = row.state == RunState.STOPPING and row.wish != Wish.PAUSE
-    step, words = 0, None
-    if isinstance(row, RunRow):
-        folder, step = shop.home.run(row.id), row.step
-        result = None
-        if _had_begun(folder, row):
-            result, words = launcher.read_json(folder.result), launcher.read_json(folder.error)
-        if result is not None and (result["state"] == RunState.FINISHED or is_stop):
-            return RunState(result["state"]), {"result": result, "stage": ""}, None
-    elif isinstance(row, ArtifactRow):
-        words = launcher.read_json(shop.home.merge(row.id).error)
+    step = row.step if isinstance(row, RunRow) else 0
+    result, words = _written(shop, row)
+    if result is not None and (result["state"] == RunState.FINISHED or is_stop):
+        return RunState(result["state"]), {"result": result, "stage": ""}, None
     if is_stop:
         return RunState.STOPPED, {"stage": ""}, None
     if words is not None:
@@ -269,6 +275,18 @@ def _verdict(shop: Shop, row: JobRow) -> tuple[RunState | None, dict[str, object
     if tried is not None or row.wish == Wish.PAUSE:
         return None, {}, tried
     return RunState.FAILED, {"error": words or _LOST, "stage": ""}, None
+
+
+def _written(shop: Shop, row: JobRow) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Return how the latest try of a Run or a Merge says that it ended, well or badly."""
+    if isinstance(row, ArtifactRow):
+        return None, launcher.read_json(shop.home.merge(row.id).error)
+    folder = shop.home.run(row.id)
+    if not isinstance(row, RunRow) or not _had_begun(folder, row):
+        return None, None
+    # With a store of files, what it made may not have got there: the next try sees to that.
+    result = None if shop.files.is_on else launcher.read_json(folder.result)
+    return result, launcher.read_json(folder.error)
 
 
 def _had_begun(folder: RunFolder, row: RunRow) -> bool:

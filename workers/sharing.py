@@ -11,16 +11,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from studio.disk import OrderFolder, RunFolder
 from studio.domain.spec import JobSpec
 from studio.errors import MachineError
 from studio.store import leases
 from workers.app import Shop
-from workers.supervise import RENEW_SECONDS, still_hold
+from workers.supervise import RENEW_SECONDS, LeaseLostError, still_hold
 
 logger = logging.getLogger(__name__)
 
 EVERY_SECONDS = 5.0
+HELD_SECONDS = 1.0
 MAX_LIVE_LOG_BYTES = 2**20
 
 
@@ -39,7 +42,7 @@ def holding(shop: Shop, lease: leases.Lease, stage: str) -> Iterator[None]:
             try:
                 with shop.database.write() as session:
                     leases.renew(session, lease, {"stage": stage})
-            except MachineError as error:
+            except (MachineError, SQLAlchemyError) as error:
                 logger.error("%s: %s", lease.mark, error)
 
     thread = threading.Thread(target=renew, name="holding", daemon=True)
@@ -58,10 +61,12 @@ class RunFiles:
     Args:
         shop: This worker.
         folder: The run folder.
+        lease: The Lease under which the Run is executed; without it nothing is copied there.
     """
 
-    def __init__(self, shop: Shop, folder: RunFolder) -> None:
+    def __init__(self, shop: Shop, folder: RunFolder, lease: leases.Lease) -> None:
         self._files, self._folder = shop.files, folder
+        self._shop, self._lease, self._held = shop, lease, 0.0
         self._thread: threading.Thread | None = None
         self._offered = time.monotonic()
 
@@ -94,16 +99,27 @@ class RunFiles:
 
         Raises:
             MachineError: The store cannot be written.
+            LeaseLostError: Another worker has the Run by now.
         """
+        if not self._files.is_on:
+            return
         if self._thread is not None:
             self._thread.join()
-        self._files.push(self._folder.path)
+        self._files.push(self._folder.path, may=self._hold)
         self._forget_pruned()
+
+    def _hold(self) -> None:
+        """See that the Lease is held, at most every second: this worker may have stood still."""
+        if time.monotonic() - self._held > HELD_SECONDS:
+            still_hold(self._shop, self._lease)
+            self._held = time.monotonic()
 
     def _offer(self) -> None:
         try:
-            self._files.push(*self._live())
+            self._files.push(*self._live(), may=self._hold)
             self._forget_pruned()
+        except LeaseLostError:
+            logger.warning("%s was lost: nothing of it is copied any more", self._lease.mark)
         except (MachineError, OSError) as error:
             # The next copy takes it along; the end of the run waits for it.
             logger.error("%s could not be copied: %s", self._folder.path.name, error)
@@ -118,7 +134,7 @@ class RunFiles:
     def _forget_pruned(self) -> None:
         if self._folder.checkpoints.is_dir():
             kept = [path.name for path in self._folder.checkpoints.iterdir()]
-            self._files.forget(self._folder.checkpoints, kept)
+            self._files.forget(self._folder.checkpoints, kept, may=self._hold)
 
 
 def fetch_trained(shop: Shop, run: RunFolder) -> None:

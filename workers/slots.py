@@ -17,7 +17,7 @@ from typing import Self
 from studio.disk import Home
 from studio.domain.placement import Card, Placement
 from studio.errors import MachineError, disk_errors
-from studio.locks import is_locked, take_lock
+from studio.locks import is_locked, take_lock_soon
 from studio.store.clock import boot_id
 from workers import gpus
 
@@ -29,7 +29,10 @@ FREE_SECONDS = 60.0
 MEMORY_SECONDS = 10.0
 MEMORY_GIB = 1.0
 _LOOK_SECONDS = 0.1
-_TRIES = 5
+
+
+class SlotError(MachineError):
+    """Processes of an earlier Run do not leave a slot."""
 
 
 class GivenUpError(Exception):
@@ -85,7 +88,7 @@ class Taken:
         """Wait until no rank of any earlier Run is left on these slots.
 
         Raises:
-            MachineError: Some are there after a minute.
+            SlotError: Some are there after a minute.
             GivenUpError: Nobody waits for them any more.
         """
         deadline = time.monotonic() + FREE_SECONDS
@@ -94,9 +97,9 @@ class Taken:
                 if self.is_given_up():
                     raise GivenUpError
                 if time.monotonic() > deadline:
-                    raise MachineError(
+                    raise SlotError(
                         f"Processes of an earlier run still use {path.stem}, and do not end.",
-                        "End them by hand (`nvidia-smi` lists them), then resume this run.",
+                        "End them by hand; `nvidia-smi` lists those on a card.",
                     )
                 time.sleep(_LOOK_SECONDS)
 
@@ -153,8 +156,12 @@ class Slots:
         """Tell whether no Run uses the CPU."""
         return not self._is_taken(CPU)
 
-    def take(self, placement: Placement) -> Taken | None:
+    def take(self, placement: Placement, run_id: int) -> Taken | None:
         """Lock the slots of a placement.
+
+        Args:
+            placement: Where the Run fits.
+            run_id: The Run, written into the files together with this worker.
 
         Returns:
             The locks; None when another worker was faster.
@@ -164,14 +171,14 @@ class Slots:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         locks: list[TextIOWrapper] = []
         for name in names:
-            lock = _lock(self._folder / f"{name}.lock")
+            lock = take_lock_soon(self._folder / f"{name}.lock")
             if lock is None:
                 _close(locks)
                 return None
             locks.append(lock)
             lock.seek(0)
             lock.truncate(0)
-            lock.write(f"{self._owner}\n")
+            lock.write(f"{self._owner} {run_id}\n")
             lock.flush()
         return Taken(cards=placement.cards, folder=self._folder, locks=locks)
 
@@ -181,7 +188,7 @@ class Slots:
             return [CPU]
         return [card.uuid for card in gpus.inventory() if card.index in indices]
 
-    def wrest(self, owner: str, names: Sequence[str]) -> None:
+    def wrest(self, owner: str, run_id: int, names: Sequence[str]) -> None:
         """Free the slots of a Run whose worker lives and yet stands still.
 
         Its locks are on files that have no name any more. As slots are taken in a transaction that
@@ -189,30 +196,23 @@ class Slots:
 
         Args:
             owner: The worker; what another one has taken meanwhile stays.
+            run_id: The Run; what the worker has taken for another one stays, too.
             names: Of the slots.
         """
         for name in names:
-            if self.holder_of(name) == owner and self._is_taken(name):
-                (self._folder / f"{name}.lock").unlink(missing_ok=True)
+            path = self._folder / f"{name}.lock"
+            if self.holder_of(name) == f"{owner} {run_id}" and is_locked(path):
+                path.unlink(missing_ok=True)
 
     def holder_of(self, name: str) -> str:
-        """Return the name of the worker that holds a slot, as far as it is known."""
+        """Return the worker that holds a slot and the number of its Run, as far as it is known."""
         path = self._folder / f"{name}.lock"
         return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
     def _is_taken(self, name: str) -> bool:
-        path = self._folder / f"{name}.lock"
-        return path.exists() and is_locked(path)
-
-
-def _lock(path: Path) -> TextIOWrapper | None:
-    # Whoever only looks whether it is taken holds it for a moment.
-    for _ in range(_TRIES):
-        lock = take_lock(path)
-        if lock is not None:
-            return lock
-        time.sleep(0.01)
-    return None
+        # Also while ranks are there that nobody could end: no Run is sent to wait for them.
+        paths = (self._folder / f"{name}.{kind}" for kind in ("lock", "ranks"))
+        return any(path.exists() and is_locked(path) for path in paths)
 
 
 def _close(locks: Sequence[TextIOWrapper]) -> None:

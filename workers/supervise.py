@@ -4,9 +4,11 @@ import logging
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from studio.domain.metrics import Point
@@ -115,6 +117,8 @@ class _Watch:
                 launcher.kill(work.process, work.lease.mark)
                 return None
             if exit_code is not None:
+                if self._shop.closing.is_set() and self._kill_at is None:
+                    self._kill_at = time.monotonic() + launcher.STOP_GRACE_SECONDS + 10
                 if not self._news or row or self._is_late():
                     launcher.kill_marked(work.lease.mark)
                     return exit_code
@@ -124,7 +128,12 @@ class _Watch:
             time.sleep(LOOK_SECONDS)
 
     def _listen(self) -> None:
-        latest, news = self._work.look(), self._news
+        try:
+            latest = self._work.look()
+        except (MachineError, OSError) as error:
+            logger.error("%s cannot be followed now: %s", self._work.lease.mark, error)
+            latest = News()
+        news = self._news
         changed = {k: v for k, v in latest.values.items() if self._known.get(k) != v}
         if latest.begins_at is not None:
             news.begins_at = latest.begins_at
@@ -147,7 +156,7 @@ class _Watch:
         try:
             is_due = self._news or time.monotonic() - self._renewed > RENEW_SECONDS
             row = _store(self._shop, self._work.lease, self._news) if is_due else self._read()
-        except MachineError as error:
+        except (MachineError, SQLAlchemyError) as error:
             logger.error("%s: %s", self._work.lease.mark, error)
             return False
         if is_due and row is not None:
@@ -172,7 +181,10 @@ class _Watch:
         if self._kill_at is not None and time.monotonic() > self._kill_at:
             launcher.kill(work.process, work.lease.mark)
         if work.heed is not None and row is not None:
-            work.heed(row)
+            try:
+                work.heed(row)
+            except MachineError as error:  # a wish can wait until the disk has room again
+                logger.error("%s: %s", work.lease.mark, error)
 
     def _watch_hang(self) -> None:
         work, silent = self._work, time.monotonic() - self._moved
@@ -188,7 +200,8 @@ class _Watch:
         launcher.kill(work.process, work.lease.mark)
         self._moved = time.monotonic()
         if work.hung is not None:
-            work.hung(silent)
+            with suppress(MachineError, OSError):  # without these words it is told as killed
+                work.hung(silent)
 
 
 def _store(shop: Shop, lease: leases.Lease, news: News) -> JobRow | None:
@@ -233,13 +246,20 @@ def record(shop: Shop, lease: leases.Lease, write: Callable[[Session], bool]) ->
         shop: This worker.
         lease: The Lease.
         write: Does it in one transaction; tells whether it was done, and not refused.
+
+    Raises:
+        NotRecordedError: The database could not be written for too long.
     """
 
     def attempt() -> bool:
         with shop.database.write() as session:
             return write(session)
 
-    if not surely(shop, attempt):
+    try:
+        done = surely(shop, attempt)
+    except MachineError as error:
+        raise NotRecordedError(lease.mark) from error
+    if not done:
         logger.warning("the end of %s is not recorded: it is held by another worker", lease.mark)
 
 
@@ -283,6 +303,10 @@ def queued_again(
     if done:
         leases.note(session, lease, kind, text)
     return done
+
+
+class NotRecordedError(Exception):
+    """How work has ended stands in its folder, but not in its row."""
 
 
 class LeaseLostError(Exception):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from studio.dispatch import Bell
 from studio.domain.placement import Placement, place
 from studio.domain.run import RunState
 from studio.errors import StudioError
@@ -17,7 +18,7 @@ from studio.store.rows import ArtifactRow, ChatRow, JobRow, RunRow
 from workers import orders, training
 from workers.app import Shop, app, shop
 from workers.slots import Taken
-from workers.supervise import LeaseLostError, end
+from workers.supervise import LeaseLostError, NotRecordedError, end
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def train() -> None:
     while (claimed := claim_run(here)) is not None:
         row, taken = claimed
         with taken:
+            here.bells.ring(Bell.TRAIN)  # for the next Run, and the next card
             _guarded(here, row, partial(training.train, taken=taken))
 
 
@@ -61,19 +63,31 @@ def claim_run(here: Shop) -> tuple[RunRow, Taken] | None:
         The Run and its slots; None when there is nothing to do or no slot is free.
     """
     with here.database.read() as session:
-        if not queue.ready(session):
-            return None  # most bells: do not ask the driver for its cards
+        ready = queue.ready(session)
+    if not ready:
+        return None  # most bells: do not ask the driver for its cards
     cards, cpu_is_free = here.slots.cards(), here.slots.cpu_is_free()
     locked: list[Taken] = []
 
+    def look(row: RunRow) -> Placement:
+        return place(queue.need_of(row), cards, cpu_is_free=cpu_is_free)
+
+    if not any(look(row).fits for row in ready):
+        return None  # do not keep others from writing while all that wait are looked at
+
     def fit(row: RunRow) -> Placement:
-        found = place(queue.need_of(row), cards, cpu_is_free=cpu_is_free)
-        if not found.fits:
-            return found
-        taken = here.slots.take(found)
-        if taken is None:
-            return Placement(fits=False, why="another worker was faster")
-        locked.append(taken)
+        nonlocal cards, cpu_is_free
+        while (found := look(row)).fits:
+            taken = here.slots.take(found, row.id)
+            if taken is not None:
+                locked.append(taken)
+                break
+            # Another worker was faster: perhaps there are other cards.
+            lost = [card.uuid for card in found.cards]
+            cards = [
+                c.model_copy(update={"is_taken": True}) if c.uuid in lost else c for c in cards
+            ]
+            cpu_is_free = cpu_is_free and bool(lost)
         return found
 
     claimed = None
@@ -102,6 +116,9 @@ def _guarded(here: Shop, row: _Row, work: Callable[[Shop, _Row], None]) -> None:
         work(here, row)
     except LeaseLostError:
         logger.warning("%s was lost: nothing is done any more", lease.mark)
+    except NotRecordedError:
+        # It is no failure of the work: the reconciler reads how it had ended.
+        logger.exception("the end of %s could not be recorded", lease.mark)
     except StudioError as error:
         _fail(here, lease, _words(error))
     except Exception as error:

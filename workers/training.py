@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 
 from studio.disk import RunFolder, write_whole
 from studio.domain.outcome import ExitCode, is_retried
-from studio.domain.retry import after_crash
+from studio.domain.retry import after_crash, after_loss
 from studio.domain.run import RunState, Wish
 from studio.domain.spec import JobSpec
 from studio.errors import MachineError
@@ -18,10 +18,11 @@ from studio.store.rows import JobRow, RunRow
 from workers import follow, launcher
 from workers.app import Shop
 from workers.sharing import RunFiles, holding
-from workers.slots import GivenUpError, Taken
+from workers.slots import GivenUpError, SlotError, Taken
 from workers.supervise import (
     News,
     Work,
+    again,
     ended,
     queued_again,
     record,
@@ -49,7 +50,7 @@ def train(here: Shop, row: RunRow, taken: Taken) -> None:
     """
     lease, folder = leases.lease_of(row), here.home.run(row.id)
     spec = JobSpec.model_validate(row.spec)
-    files = RunFiles(here, folder)
+    files = RunFiles(here, folder, lease)
     taken.is_given_up = partial(_is_asked_to_stop, here, lease)
     try:
         with holding(here, lease, "waiting for the card to be free"):
@@ -58,8 +59,12 @@ def train(here: Shop, row: RunRow, taken: Taken) -> None:
         words = {"type": launcher.UNEXPLAINED, "message": "It had not begun."}
         _record(here, row, launcher.Outcome(exit_code=0, result=None, error=words))
         return
+    except SlotError as error:
+        again(here, lease, kind="waits", text=f"{error.message} It waits in the queue.")
+        return
     with holding(here, lease, "copying files"):
-        files.fetch(spec)
+        surely(here, lambda: files.fetch(spec))
+    still_hold(here, lease)  # before anything of the next worker could be removed
     launcher.prepare_run(folder, spec)
     _require_origin(row, folder)
     write_whole(folder.owner, lease.mark)
@@ -86,8 +91,8 @@ def train(here: Shop, row: RunRow, taken: Taken) -> None:
         return
     with holding(here, lease, "copying files"):
         surely(here, files.hand_over)
-        _see_memory(here, lease, taken)
     _record(here, row, launcher.outcome(exit_code, result=folder.result, error=folder.error))
+    _see_memory(here, lease, taken)
 
 
 def _require_origin(row: RunRow, folder: RunFolder) -> None:
@@ -109,19 +114,22 @@ def fence(lease: leases.Lease, folder: RunFolder, taken: Taken) -> None:
     """See that nothing of an earlier try is alive: its processes, and whatever is on its cards.
 
     Raises:
-        MachineError: Something does not end.
+        SlotError: Something does not end.
         GivenUpError: The worker or the Run shall end meanwhile.
     """
     if folder.owner.exists():
         earlier = folder.owner.read_text(encoding="utf-8").strip()
-        if earlier != lease.mark:
+        if earlier.startswith(f"runs:{lease.id}:") and earlier != lease.mark:
             launcher.kill_marked(earlier)
     taken.prove_free()
 
 
 def _is_asked_to_stop(here: Shop, lease: leases.Lease) -> bool:
-    with here.database.read() as session:
-        row = session.get(lease.table, lease.id)
+    try:
+        with here.database.read() as session:
+            row = session.get(lease.table, lease.id)
+    except MachineError:
+        row = None  # the next look asks again
     return here.closing.is_set() or (row is not None and row.state == RunState.STOPPING)
 
 
@@ -229,7 +237,9 @@ def _settle(session: Session, row: RunRow, how: launcher.Outcome, *, is_closing:
         return ended(session, lease, reached, {"result": how.result, "stage": ""})
     if is_early and is_stop:
         return ended(session, lease, RunState.STOPPED, {"stage": ""})
-    if how.error is None or is_early or how.code == ExitCode.FENCED:
+    if how.code == ExitCode.FENCED:
+        return _fenced(session, row)
+    if how.error is None or is_early:
         return _stopped_for_now(session, row)
     return _crashed(session, row, how)
 
@@ -241,6 +251,19 @@ def _stopped_for_now(session: Session, row: RunRow) -> bool:
         return queued_again(session, lease, kind="paused", text=text, is_held=True)
     text = f"The worker was closed; the run goes on from step {row.step} when one is there."
     return queued_again(session, lease, kind="interrupted", text=text)
+
+
+def _fenced(session: Session, row: RunRow) -> bool:
+    """Go on although the trainer believed that another one does; not for ever."""
+    attempts = after_loss(leases.attempts_of(row), row.step)
+    lease, text = (
+        leases.lease_of(row),
+        "Its folder was taken over; it goes on from its latest checkpoint.",
+    )
+    if attempts is None:
+        words = {"type": "Fenced", "message": "Two workers write into the folder of this run."}
+        return ended(session, lease, RunState.FAILED, {"error": words, "stage": ""})
+    return queued_again(session, lease, kind="worker lost", text=text, attempts=attempts)
 
 
 def _crashed(session: Session, row: RunRow, how: launcher.Outcome) -> bool:

@@ -9,7 +9,7 @@ from io import TextIOWrapper
 
 from studio.disk import Home
 from studio.errors import MachineError
-from studio.locks import is_locked, take_lock, worker_is_closing
+from studio.locks import is_closing, is_locked, take_lock
 from studio.services.studio import Studio
 from studio.store import workers as store
 from studio.store.clock import boot_id
@@ -65,6 +65,14 @@ def is_alive(home: Home) -> bool:
     return any(is_locked(path) for path in (home.worker_lock, *home.workers.glob("*.lock")))
 
 
+def takes_work(home: Home) -> bool:
+    """Tell whether a worker of this machine serves a home folder and is not about to end."""
+    return any(
+        is_locked(path) and not is_closing(path)
+        for path in (home.worker_lock, *home.workers.glob("*.lock"))
+    )
+
+
 def ensure_worker(home: Home) -> None:
     """Start an embedded worker unless one lives; one that is about to end is waited for.
 
@@ -72,13 +80,13 @@ def ensure_worker(home: Home) -> None:
         MachineError: It ended at once, or an old one does not end.
     """
     deadline = time.monotonic() + START_SECONDS
-    while is_alive(home) and worker_is_closing(home):
+    while is_locked(home.worker_lock) and is_closing(home.worker_lock):
         if time.monotonic() > deadline:
             raise MachineError(
                 "The old worker does not end.", f"Its log {home.worker_log} says what it does."
             )
         time.sleep(0.05)
-    if is_alive(home):
+    if takes_work(home):
         return
     with home.worker_log.open("ab") as log:
         process = subprocess.Popen(
@@ -90,7 +98,7 @@ def ensure_worker(home: Home) -> None:
         )
     # Whoever starts a process takes note of its end, or it stays in the system's list.
     threading.Thread(target=process.wait, daemon=True).start()
-    while not is_alive(home) and time.monotonic() < deadline:
+    while not is_locked(home.worker_lock) and time.monotonic() < deadline:
         if process.poll() is not None:
             raise MachineError(
                 f"The worker did not start (code {process.returncode}).",

@@ -133,7 +133,7 @@ def requeue(
     if row is None:
         return False
     row.state = RunState.QUEUED
-    row.stage, row.wish = "", Wish.NONE
+    row.stage = ""
     _let_go(row)
     if attempts is not None:
         row.crashes, row.losses, row.furthest = (
@@ -173,7 +173,9 @@ def move(session: Session, table: type[_Row], row_id: int, state: RunState) -> b
 
 def expired(session: Session, table: type[_Row], boot_id: str) -> Sequence[_Row]:
     """Return live rows whose Lease ran out, or was of the time before the machine was restarted."""
-    is_over = table.lease_until < lease_now(session)
+    now = lease_now(session)
+    # A Lease that ends later than any Lease can is of a clock that was set back.
+    is_over = (table.lease_until < now) | (table.lease_until > now + 2 * LEASE_SECONDS)
     if is_of_one_machine(session):
         is_over |= table.boot_id.is_distinct_from(boot_id)
     return session.scalars(select(table).where(table.state.in_(LIVE), is_over)).all()
@@ -196,7 +198,7 @@ def note(session: Session, lease: Lease, kind: str, text: str) -> None:
 
 
 def _let_go(row: JobRow) -> None:
-    row.lease_until = None
+    row.lease_until, row.wish = None, Wish.NONE
     if isinstance(row, RunRow):
         row.gpus = None
 

@@ -7,7 +7,6 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError
 
 from studio.errors import InputError, MachineError
-from studio.store.faults import BUSY_SECONDS
 
 # Any number will do, as long as nobody else locks it in the same database: "delta", in letters.
 WRITERS_LOCK = 0x64656C7461
@@ -59,7 +58,11 @@ def connect(url: URL, busy_seconds: float) -> Engine:
             "connect_timeout": _CONNECT_SECONDS,
             "application_name": "delta-studio",
             "client_encoding": "utf8",
-            "keepalives_idle": BUSY_SECONDS,
+            # A server that is gone without a word is noticed within a Lease.
+            "keepalives_idle": 5,
+            "keepalives_interval": 5,
+            "keepalives_count": 3,
+            "tcp_user_timeout": 20_000,
         },
     )
 

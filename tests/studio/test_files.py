@@ -111,3 +111,40 @@ def test_a_store_without_rights_is_said_in_words(tmp_path: Path) -> None:
     (home.incoming / "x").write_text("x")
     with pytest.raises(MachineError, match="The store of files cannot be written"):
         files.push(home.incoming / "x")
+
+
+def test_who_has_lost_the_right_to_write_there_writes_nothing_and_removes_nothing(
+    page: tuple[Home, Files], worker: tuple[Home, Files], tmp_path: Path
+) -> None:
+    """A worker that stood still wakes up: what its successor has put there stays."""
+    for home, step in ((worker[0], 2), (page[0], 4)):
+        home.run(1).checkpoint(step).mkdir(parents=True)
+        (home.run(1).checkpoint(step) / "manifest.json").write_text("{}")
+    worker[1].push(worker[0].run(1).path)
+    page[1].push(page[0].run(1).path)
+
+    def lost() -> None:
+        raise PermissionError("another worker has it")
+
+    (worker[0].run(1).checkpoint(2) / "late").write_text("x")
+    with pytest.raises(PermissionError):
+        worker[1].push(worker[0].run(1).path, may=lost)
+    with pytest.raises(PermissionError):
+        worker[1].forget(worker[0].run(1).checkpoints, [], may=lost)
+    worker[1].forget(worker[0].run(1).checkpoints, ["step-000002"])
+    there = tmp_path / "store" / "runs" / "000001" / "checkpoints"
+    assert sorted(path.name for path in there.iterdir()) == ["step-000002", "step-000004"]
+    assert not (there / "step-000002" / "late").exists()
+
+
+def test_a_store_cannot_write_beside_what_was_asked_for(tmp_path: Path, store: str) -> None:
+    home, files = open_home(tmp_path / "home", store)
+    inside = tmp_path / "store" / "runs" / "000001"
+    inside.mkdir(parents=True)
+    outside = tmp_path / "store" / "studio.db"
+    outside.write_text("not yours")
+    home.run(1).path.mkdir()
+    # The folder is a link elsewhere within the store, as a foreign hand could make one.
+    (inside / "up").symlink_to(tmp_path / "store", target_is_directory=True)
+    files.pull(home.run(1).path)
+    assert not home.database.exists()

@@ -16,6 +16,7 @@ from studio.dispatch import Bell
 from studio.domain.retry import MAX_LOSSES
 from studio.domain.run import RunState, Wish
 from studio.locks import take_lock
+from studio.settings import Settings
 from studio.store import events, leases, runs, workers
 from studio.store.clock import boot_id
 from studio.store.database import Database
@@ -23,7 +24,7 @@ from studio.store.rows import ArtifactRow, ChatRow, RunRow
 from tests.fakes import FakeDispatch
 from tests.rows import add_run, claim, get_run, make_owner, make_shop, put_back
 from workers import launcher, reconcile
-from workers.app import Shop
+from workers.app import Shop, open_shop
 from workers.reconcile import Reconciler
 
 METRICS = "".join(
@@ -316,3 +317,47 @@ def test_a_worker_that_starts_puts_right_at_once_what_its_forerunner_left(shop: 
     shop.closing.set()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_a_run_that_cannot_be_put_right_does_not_keep_the_others_from_it(shop: Shop) -> None:
+    bad, good = add_run(shop.database), add_run(shop.database)
+    for _ in range(2):
+        shop.home.worker(claim(shop.database, make_owner()).owner).touch()
+    folder = shop.home.run(bad)
+    folder.path.mkdir()
+    folder.result.write_text("{}")  # without a state
+    tick(shop)
+    assert get_run(shop.database, bad).state == RunState.RUNNING
+    assert get_run(shop.database, good).state == RunState.QUEUED
+
+
+def test_measurements_that_cannot_be_read_do_not_keep_a_run_from_going_on(shop: Shop) -> None:
+    run_id = add_run(shop.database)
+    shop.home.worker(claim(shop.database, make_owner()).owner).touch()
+    shop.home.run(run_id).path.mkdir()
+    shop.home.run(run_id).metrics.mkdir()  # a folder in its place
+    tick(shop)
+    assert get_run(shop.database, run_id).state == RunState.QUEUED
+
+
+def test_what_may_not_have_got_to_the_store_of_files_is_done_again(tmp_path: Path) -> None:
+    home = make_shop(tmp_path / "home").home
+    settings = Settings(home=home.path, files_url=(tmp_path / "store").as_uri())
+    shop = open_shop(home, settings, make_owner())
+    run_id = add_run(shop.database)
+    shop.home.worker(claim(shop.database, make_owner()).owner).touch()
+    shop.home.run(run_id).path.mkdir()
+    write_result(shop, run_id, "FINISHED")
+    tick(shop)
+    assert get_run(shop.database, run_id).state == RunState.QUEUED
+
+
+def test_a_lease_of_a_clock_that_was_set_back_is_over(shop: Shop) -> None:
+    run_id = add_run(shop.database)
+    lease = claim(shop.database, make_owner())
+    until = get_run(shop.database, run_id).lease_until
+    assert until is not None
+    change(shop.database, run_id, lease_until=until + 3600)
+    with living_worker(shop, lease.owner):
+        tick(shop)
+    assert get_run(shop.database, run_id).state == RunState.QUEUED

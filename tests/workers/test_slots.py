@@ -12,9 +12,8 @@ import pytest
 
 from studio.disk import Home
 from studio.domain.placement import Need, Placement, place
-from studio.errors import MachineError
 from workers import slots
-from workers.slots import CPU, Slots, Taken
+from workers.slots import CPU, SlotError, Slots, Taken
 
 HOLDS = (
     "import fcntl, sys, time\n"
@@ -60,7 +59,7 @@ def rank(home: Home) -> Iterator[subprocess.Popen[str]]:
 
 
 def taken(machine: Slots) -> Taken:
-    found = machine.take(Placement(fits=True))
+    found = machine.take(Placement(fits=True), 1)
     assert found is not None
     return found
 
@@ -70,11 +69,11 @@ def test_the_cpu_is_one_slot_for_all_workers_of_a_home(home: Home) -> None:
     assert other.cpu_is_free()
     with taken(one):
         assert not other.cpu_is_free()
-        assert other.take(Placement(fits=True)) is None
-        assert other.holder_of(CPU) == "one"
+        assert other.take(Placement(fits=True), 1) is None
+        assert other.holder_of(CPU) == "one 1"
     assert other.cpu_is_free()
     with taken(other):
-        assert one.holder_of(CPU) == "other"
+        assert one.holder_of(CPU) == "other 1"
 
 
 @pytest.mark.usefixtures("two_cards")
@@ -82,11 +81,11 @@ def test_cards_that_are_taken_are_seen_by_all_and_never_given_twice(home: Home) 
     one, other = Slots(home, "one"), Slots(home, "other")
     first = place(Need(num_gpus=1), one.cards(), cpu_is_free=True)
     assert [card.uuid for card in first.cards] == ["GPU-aa"]  # the one with more free memory
-    mine = one.take(first)
+    mine = one.take(first, 1)
     assert mine is not None
     with mine:
         assert [card.is_taken for card in other.cards()] == [True, False]
-        assert other.take(first) is None
+        assert other.take(first, 1) is None
         both = place(Need(num_gpus=2), other.cards(), cpu_is_free=True)
         assert (both.fits, both.ever) == (False, True)
         assert both.why == "it needs 2 GPUs, and 1 of 2 is free"
@@ -100,13 +99,13 @@ def test_half_of_the_cards_are_not_kept_when_another_was_faster(home: Home) -> N
     one, other = Slots(home, "one"), Slots(home, "other")
     both = place(Need(num_gpus=2), one.cards(), cpu_is_free=True)
     with taken_of(other, "GPU-bb"):
-        assert one.take(both) is None
+        assert one.take(both, 1) is None
         assert [card.is_taken for card in one.cards()] == [False, True]
 
 
 def taken_of(machine: Slots, uuid: str) -> Taken:
     cards = [card for card in machine.cards() if card.uuid == uuid]
-    found = machine.take(place(Need(num_gpus=1), cards, cpu_is_free=True))
+    found = machine.take(place(Need(num_gpus=1), cards, cpu_is_free=True), 1)
     assert found is not None
     return found
 
@@ -117,7 +116,7 @@ def test_memory_that_does_not_come_back_after_a_run_is_told(
 ) -> None:
     monkeypatch.setattr(slots, "MEMORY_SECONDS", 0.0)
     machine = Slots(home, "w")
-    mine = machine.take(place(Need(num_gpus=2), machine.cards(), cpu_is_free=True))
+    mine = machine.take(place(Need(num_gpus=2), machine.cards(), cpu_is_free=True), 1)
     assert mine is not None
     with mine:
         assert mine.kept_back() == ""
@@ -132,7 +131,7 @@ def test_a_slot_is_proved_free_only_when_the_last_rank_is_dead(
 ) -> None:
     with taken(Slots(home, "w")) as mine:
         monkeypatch.setattr(slots, "FREE_SECONDS", 0.3)
-        with pytest.raises(MachineError, match="Processes of an earlier run still use cpu"):
+        with pytest.raises(SlotError, match="Processes of an earlier run still use cpu"):
             mine.prove_free()
         monkeypatch.setattr(slots, "FREE_SECONDS", 60.0)
         killer = threading.Timer(0.5, rank.kill)
@@ -141,11 +140,31 @@ def test_a_slot_is_proved_free_only_when_the_last_rank_is_dead(
         assert rank.wait(10) < 0
 
 
+def test_a_slot_with_ranks_that_do_not_end_is_not_free(
+    home: Home, rank: subprocess.Popen[str]
+) -> None:
+    assert not Slots(home, "w").cpu_is_free()
+    rank.kill()
+    rank.wait()
+    assert Slots(home, "w").cpu_is_free()
+
+
+def test_a_slot_is_wrested_from_a_worker_only_for_the_run_that_it_was_lost_with(
+    home: Home,
+) -> None:
+    machine = Slots(home, "w")
+    with taken(machine):
+        machine.wrest("w", 2, [CPU])
+        assert not machine.cpu_is_free()
+        machine.wrest("w", 1, [CPU])
+        assert machine.cpu_is_free()
+
+
 def test_a_slot_is_free_as_soon_as_its_worker_is_dead(home: Home) -> None:
     code = (
         "import sys, time; from pathlib import Path; from studio.disk import Home; "
         "from studio.domain.placement import Placement; from workers.slots import Slots; "
-        "mine = Slots(Home(path=Path(sys.argv[1])), 'dead').take(Placement(fits=True)); "
+        "mine = Slots(Home(path=Path(sys.argv[1])), 'dead').take(Placement(fits=True), 1); "
         "print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(home.path)]
@@ -160,4 +179,4 @@ def test_a_slot_is_free_as_soon_as_its_worker_is_dead(home: Home) -> None:
     while not machine.cpu_is_free():
         assert time.monotonic() < deadline
     with taken(machine):
-        assert machine.holder_of(CPU) == "w"
+        assert machine.holder_of(CPU) == "w 1"

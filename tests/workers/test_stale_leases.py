@@ -47,7 +47,7 @@ def old(shop: Shop) -> RunRow:
 
 @pytest.fixture
 def taken(shop: Shop) -> Iterator[Taken]:
-    found = shop.slots.take(Placement(fits=True))
+    found = shop.slots.take(Placement(fits=True), 1)
     assert found is not None
     with found:
         yield found

@@ -16,7 +16,7 @@ import pytest
 from studio.disk import TEMPLATES, Home
 from studio.dispatch import Bell, CeleryDispatch
 from studio.domain.run import RunState
-from studio.locks import is_locked, take_lock, worker_is_closing
+from studio.locks import is_closing, is_locked, take_lock
 from studio.services.workers import ensure_worker, need_worker
 from studio.store import leases
 from studio.store.database import Database
@@ -172,7 +172,7 @@ def test_work_that_comes_while_a_worker_ends_gets_a_new_worker(tmp_path: Path) -
     studio = make_studio(tmp_path)
     ensure_worker(studio.home)
     first = worker_number(studio.home)
-    wait_until(lambda: worker_is_closing(studio.home))
+    wait_until(lambda: is_closing(studio.home.worker_lock))
     run_id = add_run(studio.database)
     with need_worker(studio):
         assert worker_number(studio.home) != first
