@@ -232,6 +232,8 @@ def evaluate_now(studio: Studio, run_id: int) -> RunRow:
 
 def state_of(row: RunRow) -> str:
     """Return the state of a Run in a word; one that is held in the queue is PAUSED."""
+    if row.state == RunState.STOPPING and row.wish == Wish.PAUSE:
+        return "PAUSING"
     return "PAUSED" if row.state == RunState.QUEUED and row.is_held else row.state
 
 
@@ -316,7 +318,7 @@ def progress(studio: Studio, row: RunRow) -> Progress:
             latest = store.latest_values(session, row.id, STEP_SECONDS, 20)
         left = time_left_seconds(latest, row.step, row.total_steps)
     elapsed = None
-    if row.started_at is not None:
+    if row.started_at is not None and row.state != RunState.QUEUED:
         elapsed = (row.finished_at or time.time()) - row.started_at
     return Progress(
         step=row.step, total_steps=row.total_steps, left_seconds=left, elapsed_seconds=elapsed

@@ -34,9 +34,16 @@ def refuse_read_only(path: Path) -> None:
         )
     for place in (path.parent, *files_of(path)):
         needed = os.R_OK | os.W_OK | (os.X_OK if place.is_dir() else 0)
+        if os.access(place, needed):
+            continue
+        try:
+            why = _why(place)
+        except FileNotFoundError:
+            continue  # SQLite removes its log with the last connection, at any moment
+        # Once more: it may have been gone a moment ago, and be there again.
         if not os.access(place, needed):
             raise MachineError(
-                f"The database cannot be written: {place} is read-only ({_why(place)}).",
+                f"The database cannot be written: {place} is read-only ({why}).",
                 "Make it writable, or choose another home folder with --home DIR.",
             )
 

@@ -113,7 +113,9 @@ def run_head(row: RunRow, done: Progress, why: str = "") -> str:
     if done.left_seconds is not None:
         low, high = (duration(value) for value in done.left_seconds)
         right.append(f"{low} left" if low == high else f"{low} to {high} left")
-    doing = why or row.stage or _state_words(row)
+    # What the engine said last may be of a moment before the wish.
+    stage = "" if row.state == RunState.STOPPING else row.stage
+    doing = why or stage or _state_words(row)
     body = (
         f'<div class="head"><h3>{row.id} · {escape(row.name)}</h3>{chip(state_of(row))}</div>'
         f'<div class="meter" role="progressbar" aria-valuemin="0" aria-valuemax="100" '

@@ -531,3 +531,19 @@ def holds_database(item: ast.withitem) -> bool:
 
 def is_pause(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "subprocess.run")
+
+
+def test_a_log_that_goes_away_while_it_is_looked_at_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite removes its log with the last connection: another process may do so at any moment."""
+    path = tmp_path / "studio.db"
+    Database(path).close()
+    real = opening.files_of
+
+    def and_one_that_is_gone(database: Path) -> list[Path]:
+        return [*real(database), database.with_name("studio.db-wal")]
+
+    assert not path.with_name("studio.db-wal").exists()
+    monkeypatch.setattr(opening, "files_of", and_one_that_is_gone)
+    opening.refuse_read_only(path)
