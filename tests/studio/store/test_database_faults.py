@@ -18,6 +18,7 @@ import pytest
 from studio.disk import Home
 from studio.errors import MachineError
 from studio.store import backup, opening
+from studio.store.aside import files_of
 from studio.store.database import Database
 from studio.store.rows import DatasetRow, RunRow
 
@@ -539,10 +540,9 @@ def test_a_log_that_goes_away_while_it_is_looked_at_is_no_fault(
     """SQLite removes its log with the last connection: another process may do so at any moment."""
     path = tmp_path / "studio.db"
     Database(path).close()
-    real = opening.files_of
 
     def and_one_that_is_gone(database: Path) -> list[Path]:
-        return [*real(database), database.with_name("studio.db-wal")]
+        return [*files_of(database), database.with_name("studio.db-wal")]
 
     assert not path.with_name("studio.db-wal").exists()
     monkeypatch.setattr(opening, "files_of", and_one_that_is_gone)
