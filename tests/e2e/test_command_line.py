@@ -178,13 +178,18 @@ def test_bad_input_is_answered_in_words(shell: Shell, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_a_run_that_fails_for_want_of_a_gpu_is_no_fault_of_ours(
-    shell: Shell, tmp_path: Path
-) -> None:
+def test_a_run_for_a_gpu_waits_for_one_and_says_so(shell: Shell, tmp_path: Path) -> None:
     shell.run("dataset", "add", str(EXAMPLE))
     spec = tmp_path / "spec.yaml"
     spec.write_text("preset: tiny-qwen3.5\ndata: {dataset: '1'}\ntrain: {num_gpus: 1}\n")
-    assert "The run asks for 1 GPU" in shell.refusal("run", str(spec), "--wait")
+    number = shell.values("run", str(spec))["id"]
+    deadline = time.monotonic() + 60
+    while "no worker has" not in (told := shell.run("queue").stdout):
+        assert time.monotonic() < deadline, told
+        time.sleep(LOOK_SECONDS)
+    assert "1 GPU" in told
+    assert shell.values("show", str(number))["state"] == "QUEUED"
+    assert shell.values("stop", str(number))["state"] == "STOPPED"
 
 
 def test_a_port_in_use_is_said_before_anything_starts(shell: Shell) -> None:

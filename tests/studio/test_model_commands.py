@@ -40,7 +40,8 @@ class Words:
 @pytest.fixture
 def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Words:
     printed = io.StringIO()
-    monkeypatch.setattr(terminal.out, "file", printed)
+    # Not `file`: undone, that would hold on to the standard output of this moment.
+    monkeypatch.setattr(terminal.out, "_file", printed)
     return Words(tmp_path, printed)
 
 
