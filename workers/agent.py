@@ -5,7 +5,6 @@ sessions of their own. Here the kernel kills torchrun when its parent dies, and 
 torchrun does (workers.process): after a worker's death nothing is left on a card.
 """
 
-import faulthandler
 import signal
 import sys
 
@@ -21,7 +20,7 @@ def main() -> int:
     """
     die_with_parent()
     # The signal asks ranks where they stand; by default it would end this process, and them with it.
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # A second, in which it is mortal already.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

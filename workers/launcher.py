@@ -31,6 +31,8 @@ MARK = "STUDIO_RUN"
 UNEXPLAINED = "Unexplained"
 STOP_GRACE_SECONDS = 60.0
 PROC = Path("/proc")
+# All ranks write into the same log: what two of them write at once nobody can read.
+DUMP_SECONDS = 0.2
 # A log that grows beyond this is cut: what it began with goes, its end stays.
 MAX_LOG_BYTES = 64 * 2**20
 KEPT_LOG_BYTES = 8 * 2**20
@@ -236,10 +238,11 @@ def all_marks() -> Iterator[tuple[int, str]]:
 
 
 def dump_stacks(mark: str) -> None:
-    """Ask every process of a mark to write where its threads are into its log."""
+    """Ask every process of a mark to write where its threads are into its log, one by one."""
     for pid in list(marked(mark)):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR1)
+        time.sleep(DUMP_SECONDS)
 
 
 def head_log(log: Path, title: str) -> None:

@@ -1,6 +1,5 @@
 """A home folder, real workers on it, and a test that kills them."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -9,8 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +22,6 @@ from studio.services import runs as verbs
 from studio.services.studio import Studio, open_studio
 from studio.settings import Settings
 from studio.store import events, queue, runs
-from studio.store.clock import boot_id
 from studio.store.database import Database
 from studio.store.rows import DatasetRow, EventRow, RunRow
 from workers import launcher
@@ -256,14 +253,16 @@ class Scene:
         """Let it go on."""
         (self.faults / "hold" / point).unlink(missing_ok=True)
 
-    @contextmanager
-    def busy_cpu(self) -> Iterator[None]:
-        """Hold the CPU as a rank of another run does: whoever claims a run waits for it."""
-        path = self.home.slots(boot_id()) / "cpu.ranks"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            yield
+    def claimed(self) -> int:
+        """Return a Run that was claimed, and whose trainer has not begun yet.
+
+        The disk of its worker is slow, so that there is time between the two.
+        """
+        self.start_worker(env=with_preload(SLOW_DISK="1.5"))
+        run_id = self.submit()
+        self.wait_for(run_id, RunState.RUNNING)
+        assert not self.home.run(run_id).owner.exists()
+        return run_id
 
     def wait_at(self, point: str) -> None:
         """Wait until the trainer is at a point."""

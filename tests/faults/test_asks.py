@@ -63,15 +63,12 @@ def test_p17_a_run_is_stopped_at_any_stage(scene: Scene, stage: str, step: int, 
     assert_cpu_is_free(scene)
 
 
-def test_p17_a_run_is_stopped_while_it_waits_for_its_device(scene: Scene) -> None:
-    scene.need_worker()
-    with scene.busy_cpu():
-        run_id = scene.submit()
-        scene.wait_for(run_id, RunState.RUNNING)
-        scene.stop(run_id)
-        row = scene.finish(run_id)
+def test_p17_a_run_is_stopped_while_it_is_claimed(fresh: Scene) -> None:
+    run_id = fresh.claimed()
+    fresh.stop(run_id)
+    row = fresh.finish(run_id)
     assert (row.state, row.error) == ("STOPPED", None)
-    assert_cpu_is_free(scene)
+    assert fresh.processes(run_id) == {}
 
 
 def test_p17_what_is_over_cannot_be_stopped(scene: Scene) -> None:

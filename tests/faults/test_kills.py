@@ -2,11 +2,15 @@
 
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
 from studio.domain.run import RunState
+from tests.fakes import FakeDispatch
 from tests.faults.scene import TICK_SECONDS, Scene, wait_until
+from tests.rows import add_run, claim, get_run, make_owner, make_shop, put_back
+from workers.reconcile import Reconciler
 
 KILLED = "The process was killed by the system, most often for want of memory."
 AGAIN = "It is tried once more, from its latest checkpoint."
@@ -101,34 +105,29 @@ def test_p02_nothing_of_a_run_outlives_its_worker(torchrun: Scene) -> None:
     assert time.monotonic() - began < 1.0
 
 
-def test_p01_a_worker_that_dies_while_it_claims(scene: Scene, undisturbed: str) -> None:
-    scene.need_worker()
-    with scene.busy_cpu():
-        run_id = scene.submit()
-        scene.wait_for(run_id, RunState.RUNNING)
-        scene.kill(run_id, "worker")
-    scene.need_worker()
-    assert_whole(scene, run_id, undisturbed)
-    assert scene.told(run_id, "worker lost") == [LOST]
+def test_p01_a_worker_that_dies_while_it_claims(fresh: Scene, undisturbed: str) -> None:
+    run_id = fresh.claimed()
+    fresh.kill(run_id, "worker")
+    assert not fresh.home.run(run_id).log.exists()
+    fresh.start_worker()
+    assert_whole(fresh, run_id, undisturbed)
+    assert fresh.told(run_id, "worker lost") == [LOST]
 
 
-def test_p01_what_an_earlier_try_said_is_not_what_the_lost_one_said(
-    scene: Scene, undisturbed: str
-) -> None:
-    scene.need_worker()
-    scene.script(says={"type": "RuntimeError", "message": "Something broke.", "code": 1})
-    scene.hold("loading")
-    run_id = scene.submit()
-    scene.wait_at("loading")
-    with scene.busy_cpu():
-        scene.release("loading")
-        scene.wait_for(run_id, RunState.RUNNING, epoch=2)
-        scene.kill(run_id, "worker")  # the second try had not begun: error.json is of the first
-    scene.script()
-    scene.need_worker()
-    assert_whole(scene, run_id, undisturbed, epoch=3)
-    assert scene.told(run_id, "crashed") == [f"Something broke. {AGAIN}"]
-    assert scene.told(run_id, "worker lost") == [LOST]
+def test_p01_what_an_earlier_try_said_is_not_what_the_lost_one_said(tmp_path: Path) -> None:
+    shop = make_shop(tmp_path / "home")
+    folder = shop.home.run(add_run(shop.database))
+    folder.path.mkdir()
+    first = claim(shop.database, make_owner())
+    folder.owner.write_text(first.mark)
+    folder.error.write_text('{"type": "E", "message": "The data is wrong.", "code": 65}')
+    folder.result.write_text('{"state": "FINISHED", "step": 9}')
+    put_back(shop.database, first.id)  # a user resumed it, say
+    second = claim(shop.database, make_owner())
+    shop.home.worker(second.owner).touch()  # it died before its trainer began
+    Reconciler(shop, FakeDispatch(shop.database), patience_seconds=0.0).tick()
+    row = get_run(shop.database, second.id)
+    assert (row.state, row.losses, row.error) == ("QUEUED", 1, None)
 
 
 def test_p01_a_run_that_had_finished_is_not_done_again(scene: Scene, undisturbed: str) -> None:
