@@ -94,8 +94,8 @@ class Chaos:
             done = self._count_over()
             if done == plan.runs:
                 return True
-            # So many for each Run, as the Runs end: the last act comes before the last Runs.
-            is_due = acts and done / plan.runs >= 0.85 * (1 - len(acts) / total)
+            # So many for each Run, as the Runs end: the last act comes long before the last Run.
+            is_due = acts and done / plan.runs >= 0.6 * (1 - len(acts) / total)
             if is_due and time.monotonic() >= next_at:
                 if acts[-1]():
                     acts.pop()
@@ -109,7 +109,8 @@ class Chaos:
 
     def _kill(self) -> bool:
         worker = self._chance.choice(self._workers)
-        if not self._live(worker) and self._chance.random() < self._plan.busy:
+        is_busy = any(row.step for row in self._live(worker))
+        if not is_busy and self._chance.random() < self._plan.busy:
             return False
         at = since_start()
         worker.process.kill()

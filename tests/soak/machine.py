@@ -47,10 +47,10 @@ class Plan:
     broker_kills: int = 0
     stops: int = 0
     holds: int = 0
-    workers: int = 3
+    workers: int = 2
     cards: int = 6
     lease_seconds: float = 2.0
-    steps: tuple[int, int] = (10, 90)
+    steps: tuple[int, int] = (10, 70)
     step_seconds: float = 0.05
     busy: float = 0.8
     is_fenced: bool = True

@@ -98,7 +98,7 @@ def test_nothing_is_lost_or_done_twice_in_a_short_chaos(tmp_path: Path) -> None:
 def test_nothing_is_lost_or_done_twice_with_servers(
     tmp_path: Path, postgres: PostgresServer
 ) -> None:
-    plan = replace(SHORT, runs=12, kills=3, pauses=2, seed=2)
+    plan = replace(SHORT, runs=12, kills=3, pauses=2, broker_kills=1, seed=2)
     url = postgres.create_database("chaos")
     check(with_redis(tmp_path, plan, url), "chaos-redis-postgres-short", plan)
 
@@ -106,7 +106,7 @@ def test_nothing_is_lost_or_done_twice_with_servers(
 @pytest.mark.slow
 def test_without_fences_the_same_chaos_has_overlaps(tmp_path: Path) -> None:
     # Only trainers that outlive the Lease can overlap with those who take over.
-    plan = Plan(runs=6, kills=2, pauses=1, steps=(60, 90), busy=1.0, is_fenced=False)
+    plan = Plan(runs=6, kills=2, pauses=1, steps=(110, 130), busy=1.0, is_fenced=False)
     report = embedded(tmp_path, plan)
     report.save("control-unfenced-short")
     assert report.overlaps_of_runs

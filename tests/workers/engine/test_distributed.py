@@ -77,7 +77,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory, world: World) -> Trained:
         resume = RunFolder(path=done.one / name).checkpoint(2)
         changes = {"out": done.two / f"{name} resumed", "resume": resume, "save_at": None}
         order.append(cases[name].model_copy(update=changes))
-    _torchrun(order, folder / "order.json")
+    try:
+        _torchrun(order, folder / "order.json")
+    except AssertionError as error:
+        # Seen once in hundreds: a rank dies inside gloo's own code (torch 2.13, two processes on a
+        # loaded machine). What a rank computes wrong is no signal, and is not tried again.
+        if "(SIGSEGV)" not in str(error):
+            raise
+        _torchrun(order, folder / "again.json")
     return done
 
 
